@@ -1,0 +1,125 @@
+"""LM head and cross entropy in plain JAX: a loop over tiles of rows, inside it over pieces of the vocabulary; logits are recomputed."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels.compat import dot_general
+from pallas_kernels.cross_entropy import tile
+from pallas_kernels.matmul import ROW_TILE
+
+FAST_TILE = 512
+"""Rows of a tile in fast numerics."""
+
+
+def _row_tiles(x: jax.Array, row_tile: int) -> jax.Array:
+    padded = jnp.pad(x, ((0, -x.shape[0] % row_tile),) + ((0, 0),) * (x.ndim - 1))
+    return padded.reshape(-1, row_tile, *x.shape[1:])
+
+
+def _tile_size(num_rows: int, aligned: bool) -> int:
+    return ROW_TILE if aligned else min(FAST_TILE, num_rows)
+
+
+def _piece_size(vocab: int) -> int:
+    return min(tile.VOCAB_PIECE, vocab)
+
+
+def _piece(w: jax.Array, index: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Columns of piece `index`, the first column, and which of them no earlier piece had (the last piece is moved to fit)."""
+    vocab = w.shape[1]
+    size = _piece_size(vocab)
+    first = jnp.minimum(index * size, vocab - size)
+    return lax.dynamic_slice_in_dim(w, first, size, axis=1), first, first + jnp.arange(size) >= index * size
+
+
+def _over_pieces(vocab: int, body, init):
+    return lax.fori_loop(0, -(-vocab // _piece_size(vocab)), body, init)
+
+
+def _tile_logprobs(hidden, w, targets):
+    """Log-probability of the target and log-sum-exp for a tile of rows."""
+
+    def piece(index, carry):
+        maximum, total, picked = carry
+        columns, first, fresh = _piece(w, index)
+        x = jnp.where(fresh, tile.logits(hidden, columns), -jnp.inf)
+        at = targets - first
+        here = (at >= 0) & (at < x.shape[1])
+        value = jnp.take_along_axis(x, jnp.clip(at, 0, x.shape[1] - 1)[:, None], axis=1)[:, 0]
+        maximum, total = tile.add_piece(maximum, total, x)
+        return maximum, total, jnp.where(here & (value > -jnp.inf), value, picked)
+
+    zeros = jnp.zeros(hidden.shape[0])
+    maximum, total, picked = _over_pieces(w.shape[1], piece, (zeros - jnp.inf, zeros, zeros))
+    total = maximum + jnp.log(total)
+    return picked - total, total
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _logprobs(hidden, w, targets, row_tile):
+    tiles = _row_tiles(hidden, row_tile), _row_tiles(targets, row_tile)
+    logprobs, total = lax.map(lambda t: _tile_logprobs(t[0], w, t[1]), tiles)
+    return logprobs.reshape(-1)[: hidden.shape[0]], total.reshape(-1)[: hidden.shape[0]]
+
+
+def _forward(hidden, w, targets, row_tile):
+    logprobs, total = _logprobs(hidden, w, targets, row_tile)
+    return (logprobs, total), (hidden, w, targets, total)
+
+
+def _backward(row_tile, residuals, gradients):
+    hidden, w, targets, total = residuals
+    row_tile = min(FAST_TILE, hidden.shape[0])
+
+    def rows(dw, inputs):
+        hidden, targets, total, d_logprob, d_total = inputs
+
+        def piece(index, carry):
+            d_hidden, dw = carry
+            columns, first, fresh = _piece(w, index)
+            weights = jnp.where(fresh, jnp.exp(tile.logits(hidden, columns) - total[:, None]), 0.0)
+            target = fresh & (targets[:, None] == first + jnp.arange(columns.shape[1]))
+            d_logits = (d_total - d_logprob)[:, None] * weights + jnp.where(target, d_logprob[:, None], 0.0)
+            d_logits = d_logits.astype(hidden.dtype)
+            d_hidden = d_hidden + dot_general(d_logits, columns, ((1,), (1,)))
+            d_columns = dot_general(hidden, d_logits, ((0,), (0,)))
+            old = lax.dynamic_slice_in_dim(dw, first, columns.shape[1], axis=1)
+            return d_hidden, lax.dynamic_update_slice_in_dim(dw, old + d_columns, first, axis=1)
+
+        d_hidden, dw = _over_pieces(w.shape[1], piece, (jnp.zeros(hidden.shape), dw))
+        return dw, d_hidden.astype(hidden.dtype)
+
+    inputs = tuple(_row_tiles(x, row_tile) for x in (hidden, targets, total, *gradients))
+    dw, d_hidden = lax.scan(rows, jnp.zeros(w.shape), inputs)
+    return d_hidden.reshape(-1, hidden.shape[1])[: hidden.shape[0]], dw.astype(w.dtype), None
+
+
+_logprobs.defvjp(_forward, _backward)
+
+
+def token_logprobs(hidden, w, targets, *, aligned):
+    """See `api.token_logprobs`."""
+    return _logprobs(hidden, w, targets, _tile_size(hidden.shape[0], aligned))
+
+
+def head_logits(hidden, w, *, aligned):
+    """See `api.head_logits`."""
+    num_rows, vocab = hidden.shape[0], w.shape[1]
+
+    def rows(hidden):
+        def piece(index, carry):
+            maximum, total, out = carry
+            columns, first, fresh = _piece(w, index)
+            x = tile.logits(hidden, columns)
+            maximum, total = tile.add_piece(maximum, total, jnp.where(fresh, x, -jnp.inf))
+            return maximum, total, lax.dynamic_update_slice_in_dim(out, x, first, axis=1)
+
+        zeros = jnp.zeros(hidden.shape[0])
+        maximum, total, out = _over_pieces(vocab, piece, (zeros - jnp.inf, zeros, jnp.zeros((hidden.shape[0], vocab))))
+        return out, maximum + jnp.log(total)
+
+    logits, total = lax.map(rows, _row_tiles(hidden, _tile_size(num_rows, aligned)))
+    return logits.reshape(-1, vocab)[:num_rows], total.reshape(-1)[:num_rows]

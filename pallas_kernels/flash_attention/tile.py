@@ -1,0 +1,55 @@
+"""Softmax attention of a tile of query rows over one block of keys (online softmax, arXiv 2205.14135).
+
+A block that is wholly masked for a row changes nothing in it: weight 0, rescale 1. So the bits depend on the order of the blocks alone.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.compat import dot_operand
+
+MASKED = -1e30
+"""Score of a masked key: finite, so that a row that has seen no key yet needs no special case."""
+
+
+class Softmax(NamedTuple):
+    """Running softmax of a tile of rows: maximum m and sum l [B, G, R], unnormalised output [B, G, R, V], all fp32."""
+
+    maximum: jax.Array
+    total: jax.Array
+    out: jax.Array
+
+
+def product(equation: str, a: jax.Array, b: jax.Array) -> jax.Array:
+    """Return the einsum of two arrays of one dtype, accumulated and returned in fp32."""
+    return jnp.einsum(equation, dot_operand(a), dot_operand(b), preferred_element_type=jnp.float32)
+
+
+def empty(q: jax.Array, value_size: int) -> Softmax:
+    """Return the softmax of rows q [B, G, R, K] that have seen no key."""
+    shape = q.shape[:-1]
+    return Softmax(jnp.full(shape, MASKED), jnp.zeros(shape), jnp.zeros((*shape, value_size)))
+
+
+def scores(q: jax.Array, k: jax.Array, seen: jax.Array) -> jax.Array:
+    """Return the masked scores [B, G, R, S] of rows q [B, G, R, K] against keys k [B, S, G, K]; seen is [B, 1, R, S]."""
+    return jnp.where(seen, q.shape[-1] ** -0.5 * product("bgrk,bsgk->bgrs", q, k), MASKED)
+
+
+def add_block(softmax: Softmax, q: jax.Array, k: jax.Array, v: jax.Array, seen: jax.Array) -> Softmax:
+    """Return the softmax after one more block of keys k [B, S, G, K] and values v [B, S, G, V]."""
+    x = scores(q, k, seen)
+    maximum = jnp.maximum(softmax.maximum, x.max(-1))
+    weights = jnp.where(seen, jnp.exp(x - maximum[..., None]), 0.0)
+    rescale = jnp.exp(softmax.maximum - maximum)
+    out = rescale[..., None] * softmax.out + product("bgrs,bsgv->bgrv", weights.astype(v.dtype), v)
+    return Softmax(maximum, rescale * softmax.total + weights.sum(-1), out)
+
+
+def finish(softmax: Softmax) -> tuple[jax.Array, jax.Array]:
+    """Return the output rows [B, G, R, V] and their log-sum-exp [B, G, R]; rows without a key give 0 and 0."""
+    some = softmax.total > 0
+    total = jnp.where(some, softmax.total, 1.0)
+    return softmax.out / total[..., None], jnp.where(some, softmax.maximum + jnp.log(total), 0.0)

@@ -1,0 +1,5 @@
+"""Dropless grouped product: each row of x times the matrix of its group (its expert), in tiles of one size."""
+
+from pallas_kernels.grouped_matmul.api import Groups, gather_groups, group_rows, grouped_matmul, row_tile_for, scatter_groups, take_rows
+
+__all__ = ["Groups", "gather_groups", "group_rows", "grouped_matmul", "row_tile_for", "scatter_groups", "take_rows"]

@@ -1,0 +1,85 @@
+"""The grouped product in plain JAX: over the groups that have rows, then over the group's tiles, so a matrix is fetched once."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels.compat import dot_general
+from pallas_kernels.grouped_matmul import tile
+
+
+def _for_each_group(tiles: jax.Array, body, init):
+    """Fold body(group, first_tile, end_tile, carry) over the groups that have tiles."""
+    end = jnp.cumsum(tiles)
+    order = jnp.argsort(tiles == 0, stable=True)
+    return lax.fori_loop(0, (tiles > 0).sum(), lambda i, carry: body(order[i], end[order[i]] - tiles[order[i]], end[order[i]], carry), init)
+
+
+def _rows(x: jax.Array, index: jax.Array, row_tile: int) -> jax.Array:
+    return lax.dynamic_slice_in_dim(x, index * row_tile, row_tile)
+
+
+def _products(x, w, tiles, row_tile, contract):
+    """Each tile of x times its group's matrix (contracting its axis `contract`), as the dtype of x."""
+    def group(index, first, end, out):
+        matrix = lax.dynamic_index_in_dim(w, index, keepdims=False)
+
+        def one(t, out):
+            y = dot_general(_rows(x, t, row_tile), matrix, ((1,), (contract,)))
+            return lax.dynamic_update_slice_in_dim(out, y.astype(x.dtype), t * row_tile, 0)
+
+        return lax.fori_loop(first, end, one, out)
+
+    return _for_each_group(tiles, group, jnp.zeros((x.shape[0], w.shape[2 - contract]), x.dtype))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _grouped(x, w, tiles, row_tile):
+    return _products(x, w, tiles, row_tile, 0)
+
+
+def _forward(x, w, tiles, row_tile):
+    return _grouped(x, w, tiles, row_tile), (x, w, tiles)
+
+
+def _backward(row_tile, residuals, dy):
+    x, w, tiles = residuals
+    dy = dy.astype(x.dtype)
+
+    def group(index, first, end, dw):
+        def one(t, total):
+            return total + dot_general(_rows(x, t, row_tile), _rows(dy, t, row_tile), ((0,), (0,)))
+
+        total = lax.fori_loop(first, end, one, jnp.zeros(w.shape[1:], jnp.float32))
+        return lax.dynamic_update_index_in_dim(dw, total.astype(w.dtype), index, 0)
+
+    return _products(dy, w, tiles, row_tile, 1), _for_each_group(tiles, group, jnp.zeros_like(w)), None
+
+
+_grouped.defvjp(_forward, _backward)
+
+
+def grouped_matmul(x, w, tiles, *, row_tile):
+    """See `api.grouped_matmul`."""
+    return _grouped(x, w, tiles, row_tile)
+
+
+@jax.custom_vjp
+def take_rows(x: jax.Array, index: jax.Array, inverse: jax.Array) -> jax.Array:
+    """Return x[index] with zeros where index is out of range; inverse [N, A] lists where each row of x went (for the gradient)."""
+    return jnp.take(x, index, axis=0, mode="fill", fill_value=0)
+
+
+def _take_forward(x, index, inverse):
+    return take_rows(x, index, inverse), inverse
+
+
+def _take_backward(inverse, dy):
+    """A gather as well: no scatter-add, whose order would not be fixed."""
+    parts = [jnp.take(dy, inverse[:, a], axis=0, mode="fill", fill_value=0).astype(jnp.float32) for a in range(inverse.shape[1])]
+    return sum(parts).astype(dy.dtype), None, None
+
+
+take_rows.defvjp(_take_forward, _take_backward)

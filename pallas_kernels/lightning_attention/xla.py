@@ -1,0 +1,152 @@
+"""Lightning attention in plain JAX: a scan over chunks with the tile functions, and its hand-written gradient.
+
+Gradient of one chunk (P = K**-0.5 Q K^T * M, dP = K**-0.5 dO V^T * M, dS the gradient of the state that leaves the chunk):
+
+    dQ = dP K + K**-0.5 diag(a_q) dO S^T        dV = P^T dO + diag(a_k) K dS
+    dK = dP^T Q + diag(a_k) V dS^T              dS_prev = exp(g C) dS + K**-0.5 (diag(a_q) Q)^T dO
+
+One pass forward in time for S (dQ), one backward for dS (dK, dV); only the inputs are stored. The decay is constant: no gradient.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels.lightning_attention import tile
+from pallas_kernels.lightning_attention.tile import product
+
+QUERY_TILE = 16
+"""Rows of q a tile computes in aligned numerics: a decode step pays for this many rows, so it is smaller than a chunk."""
+
+
+def _chunks(x: jax.Array, chunk_size: int) -> jax.Array:
+    """[B, T, H, K] -> [n, B, H, C, K]."""
+    batch, length, heads, size = x.shape
+    return x.reshape(batch, length // chunk_size, chunk_size, heads, size).transpose(1, 0, 3, 2, 4)
+
+
+def _unchunk(x: jax.Array) -> jax.Array:
+    """[n, B, H, C, K] -> [B, T, H, K]."""
+    num_chunks, batch, heads, chunk_size, size = x.shape
+    return x.transpose(1, 0, 3, 2, 4).reshape(batch, num_chunks * chunk_size, heads, size)
+
+
+def _chunk_rows(q, k, v, state, powers, aligned):
+    """All C rows of a chunk: at once, or in aligned numerics as a loop over the tiles that decode uses."""
+    batch, heads, chunk_size, size = q.shape
+    if not aligned:
+        return tile.rows(q, k, v, state, powers, jnp.zeros(1, jnp.int32))
+    num_tiles = chunk_size // QUERY_TILE
+    tiles = jnp.moveaxis(q.reshape(batch, heads, num_tiles, QUERY_TILE, size), 2, 0)
+    starts = QUERY_TILE * jnp.arange(num_tiles, dtype=jnp.int32)[:, None]
+    out = lax.map(lambda t: tile.rows(t[0], k, v, state, powers, t[1]), (tiles, starts))
+    return jnp.moveaxis(out, 0, 2).reshape(batch, heads, chunk_size, -1)
+
+
+def _scan_forward(q, k, v, powers, state, reset, last, chunk_size, aligned):
+    """Outputs of all chunks, and the state after the first `last[b]` of them."""
+
+    def step(carry, chunk):
+        state, index = carry
+        q, k, v, reset = chunk
+        state = jnp.where(reset[:, None, None, None], 0.0, state)
+        out = _chunk_rows(q, k, v, state, powers, aligned).astype(q.dtype)
+        after = tile.fold(state, tile.chunk_kv(k, v, powers), powers)
+        state = jnp.where((index < last)[:, None, None, None], after, state)
+        return (state, index + 1), out
+
+    chunks = tuple(_chunks(x, chunk_size) for x in (q, k, v))
+    (state, _), out = lax.scan(step, (state, jnp.int32(0)), (*chunks, reset.T))
+    return _unchunk(out), state
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(7, 8))
+def _lightning(q, k, v, log_decay, state, reset, last, chunk_size, aligned):
+    return _scan_forward(q, k, v, tile.decay_powers(log_decay, chunk_size), state, reset, last, chunk_size, aligned)
+
+
+def _forward(q, k, v, log_decay, state, reset, last, chunk_size, aligned):
+    out = _lightning(q, k, v, log_decay, state, reset, last, chunk_size, aligned)
+    return out, (q, k, v, log_decay, state, reset, last)
+
+
+def _backward(chunk_size, aligned, residuals, gradients):
+    q, k, v, log_decay, state, reset, last = residuals
+    d_out, d_state = gradients
+    powers = tile.decay_powers(log_decay, chunk_size)
+    scale = q.shape[-1] ** -0.5
+    distance = jnp.arange(chunk_size)[:, None] - jnp.arange(chunk_size)
+    mask = jnp.where(distance >= 0, powers[:, jnp.clip(distance, 0)], 0.0)  # [H, C, C]
+    query_weights, key_weights = powers[:, 1:, None], powers[:, -2::-1, None]  # a_q, a_k: [H, C, 1]
+    dtype = q.dtype
+    index = jnp.arange(reset.shape[1])
+    keep = jnp.where(reset, 0.0, 1.0).T[:, :, None, None, None]  # [n, B, 1, 1, 1]
+    live = (index[:, None] < last)[:, :, None, None, None]
+    qs, ks, vs, dos = (_chunks(x, chunk_size) for x in (q, k, v, d_out.astype(dtype)))
+
+    def backward_in_time(d_state, chunk):
+        """d_state: gradient of the state that leaves the chunk."""
+        q, k, v, d_out, keep, live = chunk
+        d_after = jnp.where(live, d_state, 0.0)
+        d_after_in = d_after.astype(dtype)
+        scores = (scale * product("bhrk,bhck->bhrc", q, k) * mask).astype(dtype)
+        d_scores = (scale * product("bhrv,bhcv->bhrc", d_out, v) * mask).astype(dtype)
+        dv = product("bhrc,bhrv->bhcv", scores, d_out) + key_weights * product("bhck,bhkv->bhcv", k, d_after_in)
+        dk = product("bhrc,bhrk->bhck", d_scores, q) + key_weights * product("bhcv,bhkv->bhck", v, d_after_in)
+        dq = product("bhrc,bhck->bhrk", d_scores, k)
+        d_query = (query_weights * q.astype(jnp.float32)).astype(dtype)
+        d_before = jnp.where(live, powers[:, -1, None, None] * d_state, d_state) + scale * product("bhrk,bhrv->bhkv", d_query, d_out)
+        return keep * d_before, (dq, dk.astype(dtype), dv.astype(dtype))
+
+    d_state, (dq, dk, dv) = lax.scan(backward_in_time, d_state, (qs, ks, vs, dos, keep, live), reverse=True)
+
+    def forward_in_time(state, chunk):
+        """The part of dQ that needs S, the state that enters the chunk."""
+        k, v, d_out, dq, keep = chunk
+        state = keep * state
+        dq = dq + scale * query_weights * product("bhrv,bhkv->bhrk", d_out, state.astype(dtype))
+        return tile.fold(state, tile.chunk_kv(k, v, powers), powers), dq.astype(dtype)
+
+    _, dq = lax.scan(forward_in_time, state, (ks, vs, dos, dq, keep))
+    return _unchunk(dq), _unchunk(dk), _unchunk(dv), jnp.zeros_like(log_decay), d_state, None, None
+
+
+_lightning.defvjp(_forward, _backward)
+
+
+def lightning_attention(q, k, v, log_decay, *, state, reset, length, chunk_size, aligned):
+    """See `api.lightning_attention`."""
+    batch, num_tokens, heads, size = q.shape
+    num_chunks = -(-num_tokens // chunk_size)
+    q, k, v = (jnp.pad(x, ((0, 0), (0, num_chunks * chunk_size - num_tokens), (0, 0), (0, 0))) for x in (q, k, v))
+    state = jnp.zeros((batch, heads, size, v.shape[-1]), jnp.float32) if state is None else state
+    reset = jnp.zeros((batch, num_chunks), bool) if reset is None else reset
+    length = jnp.full(batch, num_tokens, jnp.int32) if length is None else length
+    out, state = _lightning(q, k, v, log_decay, state, reset, length // chunk_size, chunk_size, aligned)
+    return out[:, :num_tokens], state
+
+
+def lightning_attention_step(q, state, key_buffer, value_buffer, log_decay, index, *, aligned):
+    """See `api.lightning_attention_step`."""
+    chunk_size = key_buffer.shape[2]
+    powers = tile.decay_powers(log_decay, chunk_size)
+    padding = QUERY_TILE - 1 if aligned else 0
+    tile_q = jnp.pad(q[:, :, None], ((0, 0), (0, 0), (0, padding), (0, 0)))
+    return tile.rows(tile_q, key_buffer, value_buffer, state, powers, index)[:, :, 0].astype(q.dtype)
+
+
+def fold_full_chunks(state, key_buffer, value_buffer, log_decay, index):
+    """See `api.fold_full_chunks`."""
+    chunk_size = key_buffer.shape[2]
+    powers = tile.decay_powers(log_decay, chunk_size)
+    full = index == chunk_size - 1
+    slots = jnp.argsort(~full)  # slots whose chunk is full come first; only those are touched
+
+    def fold_slot(i, state):
+        one = lambda x: lax.dynamic_slice_in_dim(x, slots[i], 1)
+        after = tile.fold(one(state), tile.chunk_kv(one(key_buffer), one(value_buffer), powers), powers)
+        return lax.dynamic_update_slice_in_dim(state, after, slots[i], 0)
+
+    return lax.fori_loop(0, full.sum(), fold_slot, state)

@@ -1,0 +1,41 @@
+"""matmul: its implementations behind one signature."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from pallas_kernels import dispatch
+from pallas_kernels.matmul import xla
+from pallas_kernels.matmul.xla import map_row_tiles
+
+__all__ = ["map_row_tiles", "matmul", "row_tiled"]
+
+IMPLEMENTATIONS = {"xla": xla.matmul}
+
+
+def matmul(
+    x: Float[Array, "*rows D"],
+    w: Float[Array, "D F"],
+    *,
+    aligned: bool = False,
+    out_dtype: jnp.dtype | None = None,
+    implementation: str = "auto",
+) -> Float[Array, "*rows F"]:
+    """Return x @ w accumulated in fp32, cast once to `out_dtype` (default: that of x).
+
+    With `aligned` a row of the result has the same bits whatever rows stand beside it (numerics contract, rule 4); only the forward
+    promises that. Differentiable in x and w.
+    """
+    return dispatch.call("matmul", IMPLEMENTATIONS, implementation, x, w, aligned=aligned, out_dtype=out_dtype or x.dtype)
+
+
+def row_tiled(f: Callable, rows: Sequence[jax.Array], weights: Sequence[jax.Array] = ()) -> Any:
+    """Return f(*rows, *weights) for an f that treats each row by itself, computed tile by tile.
+
+    So norms, gates and the router's choice, too, do not depend on how many rows stand beside a row: their reductions and fused
+    multiply-adds are compiled once, for one shape. Differentiable in rows [N, ...] and weights; the gradient is that of f on all rows.
+    """
+    return xla.row_tiled(f, rows, weights)

@@ -1,0 +1,13 @@
+"""The product of one tile of rows."""
+
+import jax
+
+from pallas_kernels.compat import dot_general
+
+ROW_TILE = 64
+"""R: rows of a tile in aligned numerics. Fewer rows are padded to it, more are looped over."""
+
+
+def product(x: jax.Array, w: jax.Array) -> jax.Array:
+    """Return the fp32 product [R, F] of a tile of rows x [R, D] and w [D, F]."""
+    return dot_general(x, w, ((1,), (0,)))

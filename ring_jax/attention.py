@@ -1,0 +1,49 @@
+"""The softmax mixer: grouped-query attention with a norm per head and partial rotary embedding."""
+
+import math
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from pallas_kernels.flash_attention import flash_attention
+from pallas_kernels.matmul import matmul
+from ring_jax.cache import Placement, SoftmaxCache
+from ring_jax.config import ModelConfig
+from ring_jax.layers import HeadNorms, weight
+from ring_jax.numerics import Numerics, name
+
+
+class SoftmaxAttention(nnx.Module):
+    """o_t = softmax(K**-0.5 q_t k^T) v over the tokens up to t of the same document; no gate, no bias."""
+
+    def __init__(self, config: ModelConfig, numerics: Numerics, *, rngs: nnx.Rngs):
+        width, size = config.hidden_size, config.num_heads * config.head_size
+        self.config, self.numerics = config, numerics
+        self.qkv = weight(rngs, (width, size + 2 * config.num_kv_heads * config.head_size), ("embed", "heads"), config.init_scale)
+        self.head_norms = HeadNorms(config, numerics)
+        self.out = weight(rngs, (size, width), ("heads", "embed"), config.init_scale / math.sqrt(2 * config.num_layers))
+
+    def __call__(
+        self, x: Float[Array, "B T D"], place: Placement, cache: SoftmaxCache | None
+    ) -> tuple[Float[Array, "B T D"], SoftmaxCache | None]:
+        """Return the mixer's output and the cache after the call's tokens."""
+        config, ops = self.config, self.numerics.ops
+        batch, num_tokens, _ = x.shape
+        qkv = name(matmul(x, self.qkv[...], **ops), "qkv").reshape(batch, num_tokens, -1, config.head_size)
+        q, k, v = jnp.split(qkv, [config.num_heads, config.num_heads + config.num_kv_heads], axis=2)
+        q, k = self.head_norms(q, k, place.cos, place.sin)
+        q, k = name(q, "query"), name(k, "key")
+        if cache is not None:
+            cache = _write(cache, k, v, place)
+            k, v = cache
+        o = name(flash_attention(q, k, v, place.start, place.stop, **ops), "mixer")
+        return name(matmul(o.reshape(batch, num_tokens, -1), self.out[...], **ops), "mixer_out"), cache
+
+
+def _write(cache: SoftmaxCache, k: Float[Array, "B T G K"], v: Float[Array, "B T G V"], place: Placement) -> SoftmaxCache:
+    """Return the cache with the call's keys and values at their positions; padding is dropped."""
+    slot = jnp.arange(k.shape[0])[:, None]
+    position = jnp.where(place.valid, place.positions, cache.key.shape[1])
+    write = lambda old, new: old.at[slot, position].set(new, mode="drop", unique_indices=True)
+    return SoftmaxCache(write(cache.key, k), write(cache.value, v))

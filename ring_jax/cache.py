@@ -1,0 +1,90 @@
+"""What a sequence leaves behind for its next tokens, and how a call's tokens lie on it.
+
+The decode state of a linear layer is chunk-buffered (numerics contract, rule 2): the fp32 state at the last chunk boundary plus the keys
+and values of the open chunk. That of a softmax layer is its keys and values by position.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from pallas_kernels import GRID
+from ring_jax.config import ModelConfig
+
+
+class LinearCache(NamedTuple):
+    """State at the last chunk boundary and the open chunk's keys and values; rows past the open one are finite leftovers."""
+
+    state: Float[Array, "*layers B H K V"]
+    key: Float[Array, "*layers B H C K"]
+    value: Float[Array, "*layers B H C V"]
+
+
+class SoftmaxCache(NamedTuple):
+    """Keys and values by position."""
+
+    key: Float[Array, "*layers B S G K"]
+    value: Float[Array, "*layers B S G V"]
+
+
+class Cache(NamedTuple):
+    """Caches of all layers, in the structure of the model's layer pattern, and the tokens each slot has absorbed."""
+
+    layers: Any
+    length: Int[Array, " B"]
+
+
+class Placement(NamedTuple):
+    """Where a call's tokens are: the same for every layer, so it is made once.
+
+    valid marks tokens (others are padding); start and stop bound the keys a token sees: in the call itself, or in the cache if there is
+    one. reset marks chunks that begin a packed document. With a cache a row's tokens are consecutive: `count` of them from column
+    `first` on, continuing at position `length`.
+    """
+
+    positions: Int[Array, "B T"]
+    valid: Bool[Array, "B T"]
+    cos: Float[Array, "B T half"]
+    sin: Float[Array, "B T half"]
+    start: Int[Array, "B T"]
+    stop: Int[Array, "B T"]
+    reset: Bool[Array, "B chunks"] | None = None
+    length: Int[Array, " B"] | None = None
+    first: Int[Array, " B"] | None = None
+    count: Int[Array, " B"] | None = None
+
+
+def place(positions: jax.Array, segment_ids: jax.Array | None, cache: Cache | None, cos: jax.Array, sin: jax.Array, chunk: int) -> Placement:
+    """Return the placement of tokens at these positions [B, T]; padding has a negative position or segment 0."""
+    valid = positions >= 0 if segment_ids is None else (positions >= 0) & (segment_ids > 0)
+    if cache is None:
+        index = jnp.arange(positions.shape[1])
+        start, stop = index - positions, jnp.broadcast_to(index + 1, positions.shape)  # positions restart at a document's first token
+        bounds = jnp.where(valid, start, 0), jnp.where(valid, stop, 0)
+        return Placement(positions, valid, cos, sin, *bounds, reset=positions[:, ::chunk] == 0)
+    start, stop = jnp.zeros_like(positions), jnp.where(valid, positions + 1, 0)
+    count = valid.sum(1).astype(jnp.int32)
+    return Placement(positions, valid, cos, sin, start, stop, None, cache.length, jnp.argmax(valid, axis=1), count)
+
+
+def linear_cache(config: ModelConfig, layers: tuple[int, ...], batch: int, dtype: str) -> LinearCache:
+    """Return the empty cache of a stack of linear layers."""
+    shape = (*layers, batch, config.num_heads)
+    buffer = (*shape, config.chunk_size, config.head_size)
+    return LinearCache(jnp.zeros((*shape, config.head_size, config.head_size)), jnp.zeros(buffer, dtype), jnp.zeros(buffer, dtype))
+
+
+def softmax_cache(config: ModelConfig, layers: tuple[int, ...], batch: int, size: int, dtype: str) -> SoftmaxCache:
+    """Return the empty cache of a stack of softmax layers, for at least `size` positions (whole key blocks)."""
+    shape = (*layers, batch, -(-size // GRID) * GRID, config.num_kv_heads, config.head_size)
+    return SoftmaxCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+
+
+def reset_slots(cache: Cache, slots: jax.Array) -> Cache:
+    """Return the cache with the marked slots [B] empty. Leftover keys and values need no clearing: nothing reads past a slot's length."""
+    clear = lambda x: jnp.where(slots.reshape((-1,) + (1,) * 3), 0, x)
+    empty = lambda layer: layer._replace(state=clear(layer.state)) if isinstance(layer, LinearCache) else layer
+    is_layer = lambda x: isinstance(x, LinearCache | SoftmaxCache)
+    return Cache(jax.tree.map(empty, cache.layers, is_leaf=is_layer), jnp.where(slots, 0, cache.length))

@@ -1,0 +1,129 @@
+"""Parameters, norms, rotary embedding and SwiGLU: the pieces the mixers and FFNs share."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.matmul import matmul
+from ring_jax.config import ModelConfig
+from ring_jax.numerics import Numerics, Table
+
+
+def weight(rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str | None, ...], scale: float, **metadata) -> nnx.Param:
+    """Return a normal(0, scale) parameter that knows its logical axes (see sharding.RULES) and its unsharded shape."""
+    value = scale * jax.random.normal(rngs.params(), shape, jnp.float32)
+    return nnx.Param(value, logical_axes=axes, full_shape=shape, **metadata)
+
+
+def norm_weight(size: int) -> nnx.Param:
+    """Return the weight of a norm, ones."""
+    return nnx.Param(jnp.ones(size), logical_axes=(None,), full_shape=(size,))
+
+
+def rms_norm(
+    x: Float[Array, "*rows D"], weight: Float[Array, " D"], eps: float, dtype: str, num_groups: int = 1
+) -> Float[Array, "*rows D"]:
+    """Return x / rms(x), the mean square taken over each of `num_groups` groups of channels in fp32, cast, times the weight."""
+    groups = x.astype(jnp.float32).reshape(*x.shape[:-1], num_groups, -1)
+    groups = groups * jax.lax.rsqrt(jnp.mean(groups * groups, axis=-1, keepdims=True) + eps)
+    return groups.reshape(x.shape).astype(dtype) * weight.astype(dtype)
+
+
+class RMSNorm(nnx.Module):
+    """The norm in front of a mixer, an FFN or the head."""
+
+    def __init__(self, config: ModelConfig, numerics: Numerics):
+        self.eps, self.numerics = config.norm_eps, numerics
+        self.weight = norm_weight(config.hidden_size)
+
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """Return the normalised rows in the compute dtype."""
+        norm = lambda x, weight: rms_norm(x, weight, self.eps, self.numerics.dtype)
+        return self.numerics.by_rows(norm, x, weights=[self.weight[...]])
+
+
+def rotary_tables(config: ModelConfig) -> tuple[np.ndarray, np.ndarray]:
+    """Return cos and sin [positions, rotary_size / 2], fp32, made in fp64 on the host; with YaRN (arXiv 2309.00071) if configured."""
+    size, theta = config.rotary_size, config.rope_theta
+    frequencies = theta ** (-np.arange(0, size, 2) / size)
+    amplitude = 1.0
+    if config.rope_scaling:
+        scaling = dict(config.rope_scaling)
+        factor, original = scaling["factor"], scaling.get("original_max_position_embeddings", config.max_positions)
+        # Channels that turn more than beta_fast times within the original length keep their frequency, slow ones are stretched.
+        turns = lambda beta: size * math.log(original / (beta * 2 * math.pi)) / (2 * math.log(theta))
+        low, high = math.floor(turns(scaling.get("beta_fast", 32))), math.ceil(turns(scaling.get("beta_slow", 1)))
+        low, high = max(low, 0), min(high, size - 1)
+        stretched = np.clip((np.arange(size // 2) - low) / max(high - low, 1e-3), 0, 1)
+        frequencies = frequencies * (1 - stretched) + frequencies / factor * stretched
+        amplitude = scaling.get("attention_factor") or 0.1 * math.log(factor) + 1
+    angles = np.arange(config.num_positions)[:, None] * frequencies
+    return (amplitude * np.cos(angles)).astype(np.float32), (amplitude * np.sin(angles)).astype(np.float32)
+
+
+class Rotary(nnx.Module):
+    """The rotary tables of a model, gathered by position."""
+
+    def __init__(self, config: ModelConfig):
+        cos, sin = rotary_tables(config)
+        self.cos, self.sin = Table(jnp.asarray(cos)), Table(jnp.asarray(sin))
+
+    def __call__(self, positions: Int[Array, "B T"]) -> tuple[Float[Array, "B T half"], Float[Array, "B T half"]]:
+        """Return cos and sin at the positions; padding (negative positions) reads position 0."""
+        positions = jnp.maximum(positions, 0)
+        return self.cos[...][positions], self.sin[...][positions]
+
+
+def rotate(
+    x: Float[Array, "*rows H K"], cos: Float[Array, "*rows half"], sin: Float[Array, "*rows half"]
+) -> Float[Array, "*rows H K"]:
+    """Return x with its first 2 half channels rotated in pairs (j, j + half), in fp32; the rest passes through."""
+    half = cos.shape[-1]
+    cos, sin = cos[..., None, :], sin[..., None, :]
+    wide = x.astype(jnp.float32)
+    a, b = wide[..., :half], wide[..., half : 2 * half]
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin, wide[..., 2 * half :]], axis=-1).astype(x.dtype)
+
+
+class HeadNorms(nnx.Module):
+    """The norms of queries and keys per head, followed by the rotary embedding."""
+
+    def __init__(self, config: ModelConfig, numerics: Numerics):
+        self.eps, self.numerics = config.norm_eps, numerics
+        self.query, self.key = norm_weight(config.head_size), norm_weight(config.head_size)
+
+    def __call__(
+        self, q: Float[Array, "B T H K"], k: Float[Array, "B T G K"], cos: Float[Array, "B T half"], sin: Float[Array, "B T half"]
+    ) -> tuple[Float[Array, "B T H K"], Float[Array, "B T G K"]]:
+        """Return normalised and rotated queries and keys."""
+
+        def both(q, k, cos, sin, query_weight, key_weight):
+            norm = lambda x, weight: rotate(rms_norm(x, weight, self.eps, self.numerics.dtype), cos, sin)
+            return norm(q, query_weight), norm(k, key_weight)
+
+        return self.numerics.by_rows(both, q, k, cos, sin, weights=[self.query[...], self.key[...]])
+
+
+def swiglu(x: Float[Array, "*rows two_F"]) -> Float[Array, "*rows F"]:
+    """Return silu(gate) * up for x = gate | up, computed in fp32 and cast once."""
+    gate, up = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return (jax.nn.silu(gate) * up).astype(x.dtype)
+
+
+class SwiGLU(nnx.Module):
+    """down(silu(gate x) * up x): the dense FFN and the shared expert."""
+
+    def __init__(self, config: ModelConfig, numerics: Numerics, size: int, *, rngs: nnx.Rngs):
+        width, scale = config.hidden_size, config.init_scale
+        self.numerics = numerics
+        self.gate_up = weight(rngs, (width, 2 * size), ("embed", "ffn"), scale)
+        self.down = weight(rngs, (size, width), ("ffn", "embed"), scale / math.sqrt(2 * config.num_layers))
+
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """Return the FFN's output."""
+        hidden = self.numerics.by_rows(swiglu, matmul(x, self.gate_up[...], **self.numerics.ops))
+        return matmul(hidden, self.down[...], **self.numerics.ops)

@@ -1,0 +1,109 @@
+"""The linear mixer: Lightning attention with a decay per head, a grouped norm and a sigmoid gate (arXiv 2510.19338, section 2)."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float
+
+from pallas_kernels.lightning_attention import fold_full_chunks, lightning_attention, lightning_attention_step
+from pallas_kernels.matmul import matmul
+from ring_jax.cache import LinearCache, Placement
+from ring_jax.config import ModelConfig
+from ring_jax.layers import HeadNorms, norm_weight, rms_norm, weight
+from ring_jax.numerics import Numerics, Table, name
+
+
+def log_decay(config: ModelConfig, layer: int) -> np.ndarray:
+    """Return g [H], fp32: minus the ALiBi slope of the head times f(layer), which falls from 1 in the first layer to 1e-5 in the last."""
+
+    def power_of_two(heads: int) -> list[float]:
+        return [2.0 ** (-8 * (h + 1) / heads) for h in range(heads)]
+
+    lower = 1 << (config.num_heads.bit_length() - 1)
+    slopes = power_of_two(lower) + power_of_two(2 * lower)[::2][: config.num_heads - lower]
+    fade = 1 - (layer - config.decay_layer_offset) / max(config.num_layers - 1, 1) + 1e-5
+    return (-np.array(slopes) * fade).astype(np.float32)
+
+
+class LinearAttention(nnx.Module):
+    """S_t = exp(g) S_{t-1} + k_t^T v_t,  o_t = K**-0.5 q_t S_t,  y = W_out (groupnorm(o) * sigmoid(W_gate x))."""
+
+    def __init__(self, config: ModelConfig, numerics: Numerics, *, rngs: nnx.Rngs):
+        width, heads, size = config.hidden_size, config.num_heads, config.num_heads * config.head_size
+        self.config, self.numerics = config, numerics
+        self.qkv = weight(rngs, (width, 3 * size), ("embed", "heads"), config.init_scale)
+        self.head_norms = HeadNorms(config, numerics)
+        self.gate = weight(rngs, (width, size), ("embed", "heads"), config.init_scale)
+        self.group_norm = norm_weight(size)
+        self.out = weight(rngs, (size, width), ("heads", "embed"), config.init_scale / math.sqrt(2 * config.num_layers))
+        self.log_decay = Table(jnp.zeros(heads))  # set by the model, which knows the layer
+
+    def __call__(
+        self, x: Float[Array, "B T D"], place: Placement, cache: LinearCache | None
+    ) -> tuple[Float[Array, "B T D"], LinearCache | None]:
+        """Return the mixer's output and the cache after the call's tokens."""
+        config, ops = self.config, self.numerics.ops
+        batch, num_tokens, _ = x.shape
+        qkv = name(matmul(x, self.qkv[...], **ops), "qkv").reshape(batch, num_tokens, 3, config.num_heads, config.head_size)
+        q, k = self.head_norms(qkv[:, :, 0], qkv[:, :, 1], place.cos, place.sin)
+        o, cache = self.attend(name(q, "query"), name(k, "key"), qkv[:, :, 2], place, cache)
+        o = name(o, "mixer").reshape(batch, num_tokens, -1)
+        gate = name(matmul(x, self.gate[...], **ops), "gate")
+        o = name(self.numerics.by_rows(self.gated_norm, o, gate, weights=[self.group_norm[...]]), "gated")
+        return name(matmul(o, self.out[...], **ops), "mixer_out"), cache
+
+    def gated_norm(
+        self, o: Float[Array, "*rows D"], gate: Float[Array, "*rows D"], weight: Float[Array, " D"]
+    ) -> Float[Array, "*rows D"]:
+        """Return groupnorm(o) * sigmoid(gate); the gate is not normalised."""
+        o = rms_norm(o, weight, self.config.norm_eps, self.numerics.dtype, self.config.num_norm_groups)
+        return (o.astype(jnp.float32) * jax.nn.sigmoid(gate.astype(jnp.float32))).astype(o.dtype)
+
+    def attend(
+        self, q: Float[Array, "B T H K"], k: Float[Array, "B T H K"], v: Float[Array, "B T H V"], place: Placement, cache: LinearCache | None
+    ) -> tuple[Float[Array, "B T H V"], LinearCache | None]:
+        """Return Lightning attention: whole documents without a cache, else a decode step (T = 1) or a piece of a prompt."""
+        decay, chunk, ops = self.log_decay[...], self.config.chunk_size, self.numerics.ops
+        if cache is None:
+            return lightning_attention(q, k, v, decay, reset=place.reset, chunk_size=chunk, **ops)[0], None
+        assert place.length is not None and place.first is not None and place.count is not None
+        offset = place.length % chunk  # rows of the open chunk that are in the buffers
+        if q.shape[1] == 1:
+            live = place.valid[:, 0]
+            slot, row = jnp.arange(q.shape[0]), jnp.where(live, offset, chunk)
+            key = cache.key.at[slot, :, row].set(k[:, 0], mode="drop")
+            value = cache.value.at[slot, :, row].set(v[:, 0], mode="drop")
+            o = lightning_attention_step(q[:, 0], cache.state, key, value, decay, offset, **ops)
+            state = fold_full_chunks(cache.state, key, value, decay, row, implementation=self.numerics.implementation)
+            return o[:, None], LinearCache(state, key, value)
+        # A piece of a prompt: put the open chunk's rows and the new ones on the chunk grid again.
+        num_rows = -(-(q.shape[1] + chunk - 1) // chunk) * chunk
+        buffered = lambda x: jnp.moveaxis(x, 2, 1)  # [B, H, C, K] -> [B, C, H, K]
+        on_grid = lambda x, buffer: _shift(jnp.concatenate([buffer, x], axis=1), chunk, place.first, offset, place.count, num_rows)
+        grid_k, grid_v = on_grid(k, buffered(cache.key)), on_grid(v, buffered(cache.value))
+        grid_q = on_grid(q, jnp.zeros_like(buffered(cache.key)))
+        total = offset + place.count
+        o, state = lightning_attention(grid_q, grid_k, grid_v, decay, state=cache.state, length=total, chunk_size=chunk, **ops)
+        column = jnp.arange(q.shape[1]) - place.first[:, None] + offset[:, None]
+        o = jnp.take_along_axis(o, jnp.clip(column, 0, num_rows - 1)[..., None, None], axis=1)
+        rows = (total // chunk * chunk)[:, None] + jnp.arange(chunk)
+        tail = lambda x: jnp.moveaxis(
+            jnp.where((rows < total[:, None])[..., None, None], jnp.take_along_axis(x, jnp.minimum(rows, num_rows - 1)[..., None, None], axis=1), 0),
+            1,
+            2,
+        )
+        return o, LinearCache(state, tail(grid_k), tail(grid_v))
+
+
+def _shift(
+    rows: Float[Array, "B source H K"], chunk: int, first: jax.Array, offset: jax.Array, count: jax.Array, num_rows: int
+) -> Float[Array, "B rows H K"]:
+    """Return `offset` buffered rows (of the `chunk` in front) followed by `count` new ones (from `first` on), then zeros."""
+    at = jnp.arange(num_rows)
+    offset, first, count = offset[:, None], first[:, None], count[:, None]
+    source = jnp.where(at < offset, at, chunk + first + at - offset)
+    taken = jnp.take_along_axis(rows, jnp.clip(source, 0, rows.shape[1] - 1)[..., None, None], axis=1)
+    return jnp.where((at < offset + count)[..., None, None], taken, 0)
