@@ -22,14 +22,15 @@ def tapped(fun: Callable) -> Callable[..., tuple[Any, Taps]]:
     def run(*args: Any) -> tuple[Any, Taps]:
         closed, shape = jax.make_jaxpr(fun, return_shape=True)(*args)
         labels: list[str] = []
-        outputs, values = _evaluate(closed.jaxpr, closed.consts, jax.tree.leaves(args), labels)
+        outputs, values = _evaluate(closed, jax.tree.leaves(args), labels)
         return jax.tree.unflatten(jax.tree.structure(shape), outputs), list(zip(labels, values, strict=True))
 
     return run
 
 
-def _evaluate(jaxpr: Any, consts: Sequence[Any], args: Sequence[Any], labels: list[str]) -> tuple[list[Any], list[Any]]:
+def _evaluate(closed: Any, args: Sequence[Any], labels: list[str]) -> tuple[list[Any], list[Any]]:
     """Outputs of a jaxpr and the values named in it; their labels are appended to `labels`."""
+    jaxpr, consts = compat.open_jaxpr(closed)
     env: dict[Any, Any] = dict(zip(jaxpr.constvars, consts, strict=True))
     env |= dict(zip(jaxpr.invars, args, strict=True))
     values: list[Any] = []
@@ -37,10 +38,10 @@ def _evaluate(jaxpr: Any, consts: Sequence[Any], args: Sequence[Any], labels: li
     for equation in jaxpr.eqns:
         inputs = [read(v) for v in equation.invars]
         kind, params = equation.primitive.name, equation.params
-        if kind == "scan" and _has_names(params["jaxpr"].jaxpr):
+        if kind == "scan" and _has_names(params["jaxpr"]):
             outputs, found = _scan(params, inputs, labels)
-        elif (inner := _call_jaxpr(equation)) is not None and _has_names(inner.jaxpr):
-            outputs, found = _evaluate(inner.jaxpr, inner.consts, inputs, labels)
+        elif (inner := _call_jaxpr(equation)) is not None and _has_names(inner):
+            outputs, found = _evaluate(inner, inputs, labels)
         elif kind == "name":
             labels.append(params["name"])
             outputs = found = inputs
@@ -56,29 +57,27 @@ def _call_jaxpr(equation: Any) -> Any:
     kind, params = equation.primitive.name, equation.params
     if kind in ("jit", "pjit", "closed_call", "core_call"):
         return params.get("jaxpr", params.get("call_jaxpr"))
-    if kind in ("checkpoint", "remat", "remat2"):
-        return compat.ClosedJaxpr(params["jaxpr"], ())
-    return None
+    return params["jaxpr"] if kind in ("checkpoint", "remat", "remat2") else None
 
 
-def _has_names(jaxpr: Any) -> bool:
-    for equation in jaxpr.eqns:
+def _has_names(closed: Any) -> bool:
+    for equation in compat.open_jaxpr(closed)[0].eqns:
         if equation.primitive.name == "name":
             return True
         inner = equation.params["jaxpr"] if equation.primitive.name == "scan" else _call_jaxpr(equation)
-        if inner is not None and _has_names(inner.jaxpr):
+        if inner is not None and _has_names(inner):
             return True
     return False
 
 
 def _scan(params: dict[str, Any], inputs: list[Any], labels: list[str]) -> tuple[list[Any], list[Any]]:
-    num_consts, num_carry, body = params["num_consts"], params["num_carry"], params["jaxpr"]
+    num_consts, num_carry = compat.scan_counts(params)
     consts, carry, xs = inputs[:num_consts], inputs[num_consts : num_consts + num_carry], inputs[num_consts + num_carry :]
     inner_labels: list[str] = []
 
     def turn(carry, xs):
         inner_labels.clear()  # traced more than once
-        outputs, values = _evaluate(body.jaxpr, body.consts, [*consts, *carry, *xs], inner_labels)
+        outputs, values = _evaluate(params["jaxpr"], [*consts, *carry, *xs], inner_labels)
         return tuple(outputs[:num_carry]), (tuple(outputs[num_carry:]), tuple(values))
 
     options = {"reverse": params["reverse"], "length": params["length"], "unroll": params["unroll"]}

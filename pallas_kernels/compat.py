@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
+from jax.extend.core import JaxprEqn, Literal
 
-__all__ = ["ClosedJaxpr", "Jaxpr", "Literal", "bind_equation", "dot_general", "dot_operand"]
+__all__ = ["Literal", "bind_equation", "dot_general", "dot_operand", "open_jaxpr", "scan_counts"]
 
 
 def bind_equation(equation: JaxprEqn, inputs: Sequence[Any]) -> list[Any]:
@@ -18,6 +18,19 @@ def bind_equation(equation: JaxprEqn, inputs: Sequence[Any]) -> list[Any]:
     functions, params = params if isinstance(params, tuple) else ((), params)  # jax before 0.10 kept functions apart
     outputs = equation.primitive.bind(*functions, *inputs, **params)
     return list(outputs) if equation.primitive.multiple_results else [outputs]
+
+
+def open_jaxpr(jaxpr: Any) -> tuple[Any, Sequence[Any]]:
+    """Return the jaxpr and the constants of a closed jaxpr, or of an equation's parameter that may be open (jax 0.12 has one type)."""
+    return getattr(jaxpr, "jaxpr", jaxpr), getattr(jaxpr, "consts", ())
+
+
+def scan_counts(params: dict[str, Any]) -> tuple[int, int]:
+    """Return how many of a scan equation's inputs are constants and how many are carried."""
+    if "num_consts" in params:
+        return params["num_consts"], params["num_carry"]
+    consts, carry, _ = params["ft_in"].unpack()  # jax >= 0.12
+    return len(consts), len(carry)
 
 
 def dot_operand(x: jax.Array) -> jax.Array:

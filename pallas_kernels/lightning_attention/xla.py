@@ -134,7 +134,8 @@ def lightning_attention_step(q, state, key_buffer, value_buffer, log_decay, inde
     powers = tile.decay_powers(log_decay, chunk_size)
     padding = QUERY_TILE - 1 if aligned else 0
     tile_q = jnp.pad(q[:, :, None], ((0, 0), (0, 0), (0, padding), (0, 0)))
-    return tile.rows(tile_q, key_buffer, value_buffer, state, powers, index)[:, :, 0].astype(q.dtype)
+    out = tile.rows(tile_q, key_buffer, value_buffer, state, powers, index)
+    return lax.optimization_barrier(out)[:, :, 0].astype(q.dtype)  # the compiler would shrink the product to the row that is read
 
 
 def fold_full_chunks(state, key_buffer, value_buffer, log_decay, index):

@@ -3,6 +3,7 @@
 import json
 import time
 
+import numpy as np
 import pytest
 import tokenizers
 from hypothesis import given, settings
@@ -129,6 +130,13 @@ IDS = [0x41, 0x82, 0xC3, 0xA9, 0xE2, 0xF0, 0x9F, 0x98, 0x80, 0xFF, 0xEF, 0xBF, 0
 @given(ids=st.lists(st.sampled_from(IDS), max_size=80))
 def test_stream_joins_to_decode_whatever_the_bytes(trained, ids):
     assert "".join(stream(trained, ids)) == trained.decode(ids)
+
+
+def test_stream_joins_to_decode_in_long_broken_streams(trained):
+    rng = np.random.default_rng(0)
+    for _ in range(100):
+        ids = rng.choice(IDS[1:-3], 200).tolist()
+        assert "".join(stream(trained, ids)) == trained.decode(ids)
 
 
 @settings(max_examples=100)

@@ -137,6 +137,15 @@ def test_long_documents_are_streamed_whole(tmp_path, monkeypatch):
     assert documents(tmp_path / "long.txt", tmp_path / "cache") == expected(texts[:1])
 
 
+def test_pieces_do_not_change_the_tokens(tmp_path, monkeypatch):
+    text = pathlib.Path(data.__file__).read_text(encoding="utf-8")
+    tokenizer = Tokenizer.train([text], 1000)
+    monkeypatch.setattr(data, "PIECE_CHARS", 1000)
+    (tmp_path / "data.py").write_text(text, encoding="utf-8")
+    assert len(list(data.read_pieces(tmp_path / "data.py"))) > 10
+    assert documents(tmp_path / "data.py", tmp_path / "cache", tokenizer) == [[*tokenizer.encode(text), EOS]]
+
+
 def test_store_types_and_byte_counts(tmp_path):
     write_jsonl(tmp_path / "a.jsonl", [{"text": text} for text in TEXTS] + [{"tokens": list("é".encode())}])
     source = data.open_source(str(tmp_path / "a.jsonl"))
@@ -395,6 +404,7 @@ def test_held_out_tokens_are_apart_and_complete(lengths, fraction):
 def test_held_out_share():
     train, held = data.hold_out(store_of([3] * 20_000), 0.01)
     assert 140 < len(held.lengths) < 260
+    assert (held.starts.min() < 5_000, held.starts.max() > 55_000) == (True, True)  # from everywhere
     longer = data.hold_out(store_of([3] * 20_001), 0.01)[1]
     np.testing.assert_array_equal(held.starts, longer.starts[: len(held.starts)])  # more data moves nothing
     assert data.hold_out(store_of([5, 900]), 0.01)[1].lengths.tolist() == [5]
