@@ -9,7 +9,7 @@ from jax import lax
 
 from jax.extend.core import JaxprEqn, Literal
 
-__all__ = ["Literal", "bind_equation", "dot_general", "dot_operand", "open_jaxpr", "scan_counts"]
+__all__ = ["Literal", "bind_equation", "dot_general", "dot_operand", "open_jaxpr", "pin", "scan_counts"]
 
 
 def bind_equation(equation: JaxprEqn, inputs: Sequence[Any]) -> list[Any]:
@@ -45,3 +45,12 @@ def dot_operand(x: jax.Array) -> jax.Array:
 def dot_general(a: jax.Array, b: jax.Array, contract: tuple, batch: tuple = ((), ())) -> jax.Array:
     """Return `lax.dot_general` of two arrays of one dtype, accumulated and returned in fp32."""
     return lax.dot_general(dot_operand(a), dot_operand(b), (contract, batch), preferred_element_type=jnp.float32)
+
+
+def pin(tree: Any, aligned: bool = True) -> Any:
+    """Return the arrays, which no fusion then crosses, if aligned.
+
+    XLA:CPU has several emitters of fused loops, and they do not contract a multiply and an add alike: which one gets an expression
+    depends on what stands around it (a dynamic-update-slice, a slice). Between two pins an expression is compiled the same everywhere.
+    """
+    return lax.optimization_barrier(tree) if aligned else tree

@@ -8,7 +8,7 @@ from jax import lax
 
 from pallas_kernels.compat import dot_general
 from pallas_kernels.cross_entropy import tile
-from pallas_kernels.matmul import ROW_TILE
+from pallas_kernels.matmul import ROW_TILE, map_row_tiles
 
 FAST_TILE = 512
 """Rows of a tile in fast numerics."""
@@ -60,9 +60,7 @@ def _tile_logprobs(hidden, w, targets):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def _logprobs(hidden, w, targets, row_tile):
-    tiles = _row_tiles(hidden, row_tile), _row_tiles(targets, row_tile)
-    logprobs, total = lax.map(lambda t: _tile_logprobs(t[0], w, t[1]), tiles)
-    return logprobs.reshape(-1)[: hidden.shape[0]], total.reshape(-1)[: hidden.shape[0]]
+    return map_row_tiles(lambda hidden, targets: _tile_logprobs(hidden, w, targets), hidden, targets, row_tile=row_tile)
 
 
 def _forward(hidden, w, targets, row_tile):
@@ -107,7 +105,7 @@ def token_logprobs(hidden, w, targets, *, aligned):
 
 def head_logits(hidden, w, *, aligned):
     """See `api.head_logits`."""
-    num_rows, vocab = hidden.shape[0], w.shape[1]
+    vocab = w.shape[1]
 
     def rows(hidden):
         def piece(index, carry):
@@ -121,5 +119,4 @@ def head_logits(hidden, w, *, aligned):
         maximum, total, out = _over_pieces(vocab, piece, (zeros - jnp.inf, zeros, jnp.zeros((hidden.shape[0], vocab))))
         return out, maximum + jnp.log(total)
 
-    logits, total = lax.map(rows, _row_tiles(hidden, _tile_size(num_rows, aligned)))
-    return logits.reshape(-1, vocab)[:num_rows], total.reshape(-1)[:num_rows]
+    return map_row_tiles(rows, hidden, row_tile=_tile_size(hidden.shape[0], aligned))

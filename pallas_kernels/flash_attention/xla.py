@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels import GRID
+from pallas_kernels.compat import pin
 from pallas_kernels.flash_attention import tile
 
 ALIGNED_ROWS = 16
@@ -59,7 +60,7 @@ def _seen(start: jax.Array, stop: jax.Array, index: jax.Array) -> jax.Array:
     return (key >= start[..., None]) & (key < stop[..., None])
 
 
-def _forward_tiles(q, k, v, start, stop, positions):
+def _forward_tiles(q, k, v, start, stop, positions, aligned):
     groups, repeat = k.shape[2], q.shape[2] // k.shape[2]
     k, v = _blocks(k), _blocks(v)
 
@@ -68,29 +69,29 @@ def _forward_tiles(q, k, v, start, stop, positions):
 
         def key_block(index, softmax):
             at = lambda x: lax.dynamic_slice_in_dim(x, index * KEY_BLOCK, KEY_BLOCK, axis=1)
-            return tile.add_block(softmax, q, at(k), at(v), _seen(start, stop, index))
+            return pin(tile.add_block(*pin((softmax, q, at(k), at(v), _seen(start, stop, index)), aligned)), aligned)
 
         first, last = _block_range(start, stop)
-        return tile.finish(lax.fori_loop(first, last, key_block, tile.empty(q, v.shape[-1])))
+        return pin(tile.finish(pin(lax.fori_loop(first, last, key_block, tile.empty(q, v.shape[-1])), aligned)), aligned)
 
     bounds = (_row_bounds(x, positions, repeat) for x in (start, stop))
     return lax.map(query_tile, (_query_tiles(q, positions, groups), *bounds))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
-def _flash(q, k, v, start, stop, positions):
-    out, _ = _forward_tiles(q, k, v, start, stop, positions)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+def _flash(q, k, v, start, stop, positions, aligned):
+    out, _ = _forward_tiles(q, k, v, start, stop, positions, aligned)
     return _from_query_tiles(out, positions).astype(q.dtype)
 
 
-def _forward(q, k, v, start, stop, positions):
-    out, log_total = _forward_tiles(q, k, v, start, stop, positions)
+def _forward(q, k, v, start, stop, positions, aligned):
+    out, log_total = _forward_tiles(q, k, v, start, stop, positions, aligned)
     out = _from_query_tiles(out, positions).astype(q.dtype)
     log_total = _from_query_tiles(log_total[..., None], positions)[..., 0]
     return out, (q, k, v, start, stop, out, log_total)
 
 
-def _backward(positions, residuals, d_out):
+def _backward(positions, aligned, residuals, d_out):
     q, k, v, start, stop, out, log_total = residuals
     num_keys, groups, repeat = k.shape[1], k.shape[2], q.shape[2] // k.shape[2]
     positions = min(FAST_POSITIONS, q.shape[1])  # the gradient promises no bits: larger tiles
@@ -138,4 +139,4 @@ def flash_attention(q, k, v, start, stop, *, aligned):
     padding = -num_tokens % positions
     q = jnp.pad(q, ((0, 0), (0, padding), (0, 0), (0, 0)))
     start, stop = (jnp.pad(x, ((0, 0), (0, padding))) for x in (start, stop))
-    return _flash(q, k, v, start, stop, positions)[:, :num_tokens]
+    return _flash(q, k, v, start, stop, positions, aligned)[:, :num_tokens]

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels.compat import pin
 from pallas_kernels.lightning_attention import tile
 from pallas_kernels.lightning_attention.tile import product
 
@@ -41,7 +42,7 @@ def _chunk_rows(q, k, v, state, powers, aligned):
     num_tiles = chunk_size // QUERY_TILE
     tiles = jnp.moveaxis(q.reshape(batch, heads, num_tiles, QUERY_TILE, size), 2, 0)
     starts = QUERY_TILE * jnp.arange(num_tiles, dtype=jnp.int32)[:, None]
-    out = lax.map(lambda t: tile.rows(t[0], k, v, state, powers, t[1]), (tiles, starts))
+    out = lax.map(lambda t: pin(tile.rows(*pin((t[0], k, v, state, powers)), t[1])), (tiles, starts))
     return jnp.moveaxis(out, 0, 2).reshape(batch, heads, chunk_size, -1)
 
 
@@ -53,7 +54,7 @@ def _scan_forward(q, k, v, powers, state, reset, last, chunk_size, aligned):
         q, k, v, reset = chunk
         state = jnp.where(reset[:, None, None, None], 0.0, state)
         out = _chunk_rows(q, k, v, state, powers, aligned).astype(q.dtype)
-        after = tile.fold(state, tile.chunk_kv(k, v, powers), powers)
+        after = pin(tile.fold(*pin((state, tile.chunk_kv(k, v, powers), powers), aligned)), aligned)
         state = jnp.where((index < last)[:, None, None, None], after, state)
         return (state, index + 1), out
 
@@ -134,8 +135,8 @@ def lightning_attention_step(q, state, key_buffer, value_buffer, log_decay, inde
     powers = tile.decay_powers(log_decay, chunk_size)
     padding = QUERY_TILE - 1 if aligned else 0
     tile_q = jnp.pad(q[:, :, None], ((0, 0), (0, 0), (0, padding), (0, 0)))
-    out = tile.rows(tile_q, key_buffer, value_buffer, state, powers, index)
-    return lax.optimization_barrier(out)[:, :, 0].astype(q.dtype)  # the compiler would shrink the product to the row that is read
+    out = tile.rows(*pin((tile_q, key_buffer, value_buffer, state, powers), aligned), index)
+    return pin(out, aligned)[:, :, 0].astype(q.dtype)
 
 
 def fold_full_chunks(state, key_buffer, value_buffer, log_decay, index):
@@ -147,7 +148,7 @@ def fold_full_chunks(state, key_buffer, value_buffer, log_decay, index):
 
     def fold_slot(i, state):
         one = lambda x: lax.dynamic_slice_in_dim(x, slots[i], 1)
-        after = tile.fold(one(state), tile.chunk_kv(one(key_buffer), one(value_buffer), powers), powers)
-        return lax.dynamic_update_slice_in_dim(state, after, slots[i], 0)
+        after = tile.fold(*pin((one(state), tile.chunk_kv(one(key_buffer), one(value_buffer), powers), powers)))
+        return lax.dynamic_update_slice_in_dim(state, pin(after), slots[i], 0)
 
     return lax.fori_loop(0, full.sum(), fold_slot, state)

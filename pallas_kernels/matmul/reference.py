@@ -1,9 +1,10 @@
-"""y[n, f] = sum_d x[n, d] w[d, f], in fp32."""
+"""y[n, f] = sum_d x[n, d] w[d, f]."""
 
 import jax
 import jax.numpy as jnp
 
 
 def matmul(x: jax.Array, w: jax.Array) -> jax.Array:
-    """Return the fp32 product of x [..., D] and w [D, F]."""
-    return jnp.einsum("...d,df->...f", x.astype(jnp.float32), w.astype(jnp.float32), precision="highest")
+    """Return the product of x [..., D] and w [D, F], in the inputs' precision (at least fp32)."""
+    dtype = jnp.promote_types(x.dtype, jnp.float32)
+    return jnp.einsum("...d,df->...f", x.astype(dtype), w.astype(dtype), precision="highest")

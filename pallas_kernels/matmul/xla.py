@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.compat import dot_general
+from pallas_kernels.compat import dot_general, pin
 from pallas_kernels.matmul import tile
 
 
@@ -24,7 +24,7 @@ def map_row_tiles(f: Callable, *rows: jax.Array, row_tile: int = tile.ROW_TILE) 
     rows = tuple(jnp.pad(x, ((0, padding),) + ((0, 0),) * (x.ndim - 1)) for x in rows)
 
     def turn(index, out):
-        y = f(*(lax.dynamic_slice_in_dim(x, index * row_tile, row_tile) for x in rows))
+        y = pin(f(*pin([lax.dynamic_slice_in_dim(x, index * row_tile, row_tile) for x in rows])))
         return jax.tree.map(lambda o, y: lax.dynamic_update_slice_in_dim(o, y, index * row_tile, 0), out, y)
 
     one_tile = jax.eval_shape(f, *(jax.ShapeDtypeStruct((row_tile, *x.shape[1:]), x.dtype) for x in rows))
