@@ -68,7 +68,11 @@ def rotary_tables(config: ModelConfig) -> tuple[np.ndarray, np.ndarray]:
 class Rotary(nnx.Module):
     """The rotary tables of a model, gathered by position."""
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self):
+        self.cos, self.sin = Table(jnp.zeros((1, 0))), Table(jnp.zeros((1, 0)))  # made by the model
+
+    def init_tables(self, config: ModelConfig) -> None:
+        """Make the tables on the host."""
         cos, sin = rotary_tables(config)
         self.cos, self.sin = Table(jnp.asarray(cos)), Table(jnp.asarray(sin))
 

@@ -14,9 +14,9 @@ from ring_jax.block import Block
 from ring_jax.cache import Cache, Placement
 from ring_jax.config import ModelConfig
 from ring_jax.layers import RMSNorm, Rotary, weight
-from ring_jax.linear_attention import log_decay
+from ring_jax.linear_attention import LinearAttention, log_decay
 from ring_jax.mtp import MultiTokenPrediction
-from ring_jax.numerics import Numerics, name
+from ring_jax.numerics import Numerics, Table, name
 
 
 class Run(NamedTuple):
@@ -64,10 +64,7 @@ def _stack(config: ModelConfig, numerics: Numerics, run: Run, rngs: nnx.Rngs) ->
     create = lambda key: nnx.split(Block(config, numerics, run.mixer, run.ffn, rngs=nnx.Rngs(key)))[1]
     keys = jax.random.split(rngs.params(), shape)
     graph, _ = nnx.split(nnx.eval_shape(lambda: Block(config, numerics, run.mixer, run.ffn, rngs=nnx.Rngs(0))))
-    block = nnx.merge(graph, jax.vmap(jax.vmap(create))(keys))
-    if run.mixer == "linear":
-        block.mixer.log_decay[...] = jnp.array([[log_decay(config, layer) for layer in layers] for layers in run.layers])
-    return block
+    return nnx.merge(graph, jax.vmap(jax.vmap(create))(keys))
 
 
 def _loop(body: Any, x: Any, per_layer: Any, length: int) -> tuple[Any, Any]:
@@ -99,8 +96,18 @@ class Ring(nnx.Module):
         self.norm = RMSNorm(config, numerics)
         if not config.tie_embeddings:
             self.head = weight(rngs, (config.hidden_size, config.vocab_size), ("embed", "vocab"), config.init_scale)
-        self.rotary = Rotary(config)
+        self.rotary = Rotary()
         self.mtp = nnx.List([MultiTokenPrediction(config, numerics, rngs=rngs) for _ in range(config.num_mtp_layers)])
+        self.init_tables()
+
+    def init_tables(self) -> None:
+        """Make the constant tables on the host: rotary angles, and the decay of each linear layer, which depends on its depth."""
+        self.rotary.init_tables(self.config)
+        for segment, runs in zip(self.segments, self.pattern, strict=True):
+            for block, run in zip(segment, runs, strict=True):
+                if isinstance(block.mixer, LinearAttention):
+                    decays = [[log_decay(self.config, layer) for layer in layers] for layers in run.layers]
+                    block.mixer.log_decay = Table(jnp.array(decays))
 
     def __call__(
         self,

@@ -80,7 +80,7 @@ def round_weights(params: Any, dtype: str) -> Any:
     def leaf(variable: nnx.Variable) -> nnx.Variable:
         if variable.get_metadata("keep_fp32", False):
             return variable
-        return variable.replace(round_weight(variable[...], dtype))
+        return variable.replace(round_weight(variable.get_value(), dtype))
 
     return jax.tree.map(leaf, params, is_leaf=lambda x: isinstance(x, nnx.Variable))
 

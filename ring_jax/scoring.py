@@ -1,18 +1,19 @@
 """Log-probabilities of tokens and the training loss: one function for training, evaluation, scoring and RL."""
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels.cross_entropy import token_logprobs as head_logprobs
 from ring_jax import cache as caches
 from ring_jax import sharding
 from ring_jax.model import Ring, RingOutput
-from ring_jax.numerics import BalanceBias, Table, name, round_weights
+from ring_jax.moe import RouterStats
+from ring_jax.numerics import BalanceBias, Numerics, Table, name, round_weights
 
 
 class Batch(NamedTuple):
@@ -24,7 +25,7 @@ class Batch(NamedTuple):
 
 
 class LossStats(NamedTuple):
-    """Sums over the whole batch: negative log-likelihood, scored tokens; router statistics in the layer pattern."""
+    """Sums: negative log-likelihood, scored tokens, and the router statistics of the layer pattern and of the MTP layers."""
 
     nll: Float[Array, ""]
     num_tokens: Float[Array, ""]
@@ -61,70 +62,89 @@ def token_logprobs(model: Ring, batch: Batch) -> Float[Array, "B T"]:
     return jnp.roll(logprobs, 1, axis=1)  # the last column is 0, so is the first one then
 
 
-def loss(model: Ring, batch: Batch, *, z_loss: float = 0.0, mtp_weight: float = 0.1) -> tuple[Float[Array, ""], LossStats]:
-    """Return this device's share of the mean loss of the whole batch (the shares add up to it), and the batch's sums.
+class Totals(NamedTuple):
+    """Tokens of a whole batch, over all devices and accumulation steps: what its loss is the mean over."""
+
+    scored: Float[Array, ""]
+    further: tuple[Float[Array, ""], ...]
+    valid: Float[Array, ""]
+
+
+def totals(batch: Batch, num_mtp_layers: int) -> Totals:
+    """Return the totals of a batch [..., T]; any leading axes are one batch."""
+    batch = jax.tree.map(lambda x: x.reshape(-1, x.shape[-1]), batch)
+    count = lambda marks: jnp.maximum(sharding.sum_over_batch(marks.sum().astype(jnp.float32)), 1.0)
+    further = tuple(count(_scored(batch, depth + 2)) for depth in range(num_mtp_layers))
+    return Totals(count(_scored(batch)), further, count(batch.segment_ids > 0))
+
+
+def loss(model: Ring, batch: Batch, total: Totals, *, z_loss: float = 0.0, mtp_weight: float = 0.1) -> tuple[Float[Array, ""], LossStats]:
+    """Return this device's share of the mean loss of the whole batch (the shares add up to it), and this device's sums.
 
     The loss is the mean negative log-likelihood of the scored tokens, plus `z_loss` times the mean squared log-sum-exp of the router
     logits (mean over tokens and MoE layers), plus `mtp_weight` times the mean loss of the multi-token-prediction layers.
     """
     logprobs, output = next_token_logprobs(model, batch)
-    nll, num_tokens = -logprobs.sum(), _scored(batch).sum().astype(jnp.float32)
-    total_tokens = jnp.maximum(sharding.sum_over_batch(num_tokens), 1.0)
-    value = nll / total_tokens
-    routers = [stats for segment in output.router for stats in segment if stats is not None]
-    if z_loss and routers:
-        num_valid = jnp.maximum(sharding.sum_over_batch((batch.segment_ids > 0).sum().astype(jnp.float32)), 1.0)
-        num_layers = sum(stats.z_sum.size for stats in routers)
-        value = value + z_loss * sum(stats.z_sum.sum() for stats in routers) / (num_valid * num_layers)
-    further, router_further = _further_loss(model, batch, output.hidden)
+    nll = -logprobs.sum()
+    value = nll / total.scored
+    further, router_further = _further_loss(model, batch, output.hidden, total)
     if model.config.num_mtp_layers:
         value = value + mtp_weight * further
-    stats = LossStats(nll, num_tokens, (output.router, router_further))
-    return value, jax.tree.map(sharding.sum_over_batch, stats)
+    router = (output.router, router_further)
+    z_sums = [stats.z_sum for stats in jax.tree.leaves(router, is_leaf=_is_stats) if stats is not None]
+    if z_loss and z_sums:
+        value = value + z_loss * sum(z.sum() for z in z_sums) / (total.valid * sum(z.size for z in z_sums))
+    return value, LossStats(nll, _scored(batch).sum().astype(jnp.float32), router)
 
 
-def _further_loss(model: Ring, batch: Batch, hidden: Float[Array, "B T D"]) -> tuple[Any, Any]:
+def _is_stats(x: Any) -> bool:
+    return isinstance(x, RouterStats)
+
+
+def _further_loss(model: Ring, batch: Batch, hidden: Float[Array, "B T D"], total: Totals) -> tuple[Any, Any]:
     """Mean loss of the multi-token-prediction layers: layer d predicts the token d + 2 positions on from the layer before."""
-    total, router = 0.0, []
+    value, router = jnp.float32(0.0), []
     place = caches.place(batch.positions, batch.segment_ids, None, *model.rotary(batch.positions), model.config.chunk_size)
     tokens = batch.tokens
     for depth, layer in enumerate(model.mtp):
         tokens = _next(tokens)
         hidden, stats = layer(hidden, model.embed(tokens), place)
-        scored = _scored(batch, depth + 2)
-        logprobs = jnp.where(scored, _target_logprobs(model, hidden, _next(tokens)), 0.0)
-        count = jnp.maximum(sharding.sum_over_batch(scored.sum().astype(jnp.float32)), 1.0)
-        total = total - logprobs.sum() / count / len(model.mtp)
+        logprobs = jnp.where(_scored(batch, depth + 2), _target_logprobs(model, hidden, _next(tokens)), 0.0)
+        value = value - logprobs.sum() / total.further[depth] / len(model.mtp)
         router.append(stats)
-    return total, tuple(router)
+    return value, tuple(router)
 
 
-def split(model: Ring) -> tuple[Any, Any, Any]:
-    """Return the graph definition, the parameters, and the other variables (balancing biases and tables) of a model."""
-    return nnx.split(model, nnx.Param, (BalanceBias, Table))
+def split(model: Ring) -> tuple[Any, Any, Any, Any]:
+    """Return a model's graph definition, parameters, balancing biases and tables."""
+    return nnx.split(model, nnx.Param, BalanceBias, Table)
 
 
-def loss_and_gradients(graph: Any, params: Any, others: Any, batch: Batch, **options: Any) -> tuple[Any, LossStats, Any]:
-    """Return the loss of the whole batch, its sums, and the gradients of the parameters (sharded as they are).
+def merge(graph: Any, params: Any, balance: Any, tables: Any, dtype: str) -> Ring:
+    """Return the model whose products read the parameters (fp32 masters, say) rounded to the dtype."""
+    return nnx.merge(graph, round_weights(params, dtype), balance, tables)
 
-    `params` may be fp32 masters: the forward reads them rounded to the model's dtype.
+
+def loss_and_gradients(
+    graph: Any, numerics: Numerics, params: Any, balance: Any, tables: Any, batch: Batch, **options: Any
+) -> tuple[Float[Array, ""], LossStats, Any]:
+    """Return the loss of the whole batch, its sums, and the gradients of the parameters, sharded as they are.
+
+    A batch of [steps, B, T] is accumulated step by step. Runs on one device's rows inside `on_mesh`.
     """
+    total = totals(batch, len(nnx.merge(graph, params, balance, tables).mtp))
 
-    def of_params(params):
-        model = nnx.merge(graph, round_weights(params, graph_numerics(graph, params, others).dtype), others)
-        return loss(model, batch, **options)
+    def of_params(params, batch):
+        return loss(merge(graph, params, balance, tables, numerics.dtype), batch, total, **options)
 
-    (value, stats), gradients = jax.value_and_grad(of_params, has_aux=True)(params)
-    return sharding.sum_over_batch(value), stats, sharding.sum_gradients(gradients)
+    def step(gradients, batch):
+        (value, stats), more = jax.value_and_grad(of_params, has_aux=True)(params, batch)
+        return jax.tree.map(jnp.add, gradients, more), (value, stats)
 
-
-def graph_numerics(graph: Any, params: Any, others: Any) -> Any:
-    """Return the numerics a model's graph definition carries."""
-    return nnx.merge(graph, params, others).numerics
-
-
-def on_mesh(fun: Callable, mesh: Any, in_specs: Any, out_specs: Any) -> Callable:
-    """Return `fun`, written for one device, as a program over the mesh; itself without a mesh."""
-    if mesh is None:
-        return fun
-    return jax.shard_map(fun, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+    if batch.tokens.ndim == 2:
+        (value, stats), gradients = jax.value_and_grad(of_params, has_aux=True)(params, batch)
+    else:
+        gradients, per_step = lax.scan(step, jax.tree.map(jnp.zeros_like, params), batch)
+        value, stats = jax.tree.map(lambda x: x.sum(0), per_step)
+    value, stats = sharding.sum_over_batch((value, stats))
+    return value, stats, sharding.sum_gradients(gradients)

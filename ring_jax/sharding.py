@@ -10,7 +10,7 @@ cannot depend on how many devices stand beside it, and every collective is one o
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -119,7 +119,7 @@ def _variable_spec(variable: nnx.Variable, mesh: Any) -> P:
     axes, shape = variable.get_metadata("logical_axes", None), variable.get_metadata("full_shape", None)
     if axes is None or shape is None:
         return P()
-    stacked = variable[...].ndim - len(shape)
+    stacked = variable.get_value().ndim - len(shape)
     return spec(axes, (1,) * stacked + tuple(shape), mesh)
 
 
@@ -151,7 +151,7 @@ def gather(state: Any) -> Any:
     mesh = jax.sharding.get_abstract_mesh()
 
     def leaf(variable: nnx.Variable) -> nnx.Variable:
-        value = variable[...]
+        value = variable.get_value()
         names = variable.get_metadata("logical_axes", None)
         if names is None:
             return variable
@@ -174,7 +174,7 @@ def sum_gradients(gradients: Any) -> Any:
     def leaf(variable: nnx.Variable) -> nnx.Variable:
         summed = {axis for axes in _variable_spec(variable, mesh) for axis in (axes or ())}
         axes = tuple(axis for axis in BATCH_AXES if axis in live and axis not in summed)
-        return variable.replace(lax.psum(variable[...], axes)) if axes else variable
+        return variable.replace(lax.psum(variable.get_value(), axes)) if axes else variable
 
     return jax.tree.map(leaf, gradients, is_leaf=_is_variable)
 
@@ -183,3 +183,10 @@ def sum_over_batch(x: Any) -> Any:
     """Return a tree of arrays summed over the devices that share the batch."""
     axes = tuple(axis for axis in BATCH_AXES if axis in manual_axes())
     return lax.psum(x, axes) if axes else x
+
+
+def on_mesh(fun: Callable, mesh: Mesh | None, in_specs: Any, out_specs: Any) -> Callable:
+    """Return `fun`, which is written for one device, as a program over the mesh; without a mesh `fun` itself."""
+    if mesh is None:
+        return fun
+    return jax.shard_map(fun, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)

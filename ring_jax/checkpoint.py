@@ -1,0 +1,211 @@
+"""Checkpoints: Orbax for ours, a Hugging Face folder directly, and one way to load a model from either.
+
+A run folder holds `checkpoints/STEP/`, each whole by itself: `params`, `balance`, `optimizer` (arrays by dotted path), `meta` (step, model
+and training config) and `tokenizer`. Orbax writes a step under a temporary name and renames it, so a step is whole or absent.
+"""
+
+import json
+import pathlib
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from flax import nnx
+
+from ring_jax import convert, scoring, sharding
+from ring_jax.config import ModelConfig, read_hf_config
+from ring_jax.model import Ring
+from ring_jax.numerics import DTYPES, Numerics, round_weights
+from ring_jax.tokenizer import Tokenizer
+
+ARRAYS = ("params", "balance", "optimizer")
+RUN_SUBFOLDER = "checkpoints"
+
+
+def by_path(tree: Any) -> dict[str, Any]:
+    """Return a tree's arrays by dotted path: the form in which they are stored."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda x: isinstance(x, nnx.Variable))
+    key = lambda k: str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k))))
+    return {".".join(map(key, path)): leaf.get_value() if isinstance(leaf, nnx.Variable) else leaf for path, leaf in leaves}
+
+
+def from_paths(like: Any, arrays: Mapping[str, Any]) -> Any:
+    """Return a tree of the structure of `like` with these arrays. Raises ValueError that lists all missing or misshapen ones."""
+    wanted = by_path(like)
+    problems = [f"missing {path}" for path in wanted if path not in arrays]
+    problems += [
+        f"{path} is {list(arrays[path].shape)}, not {list(leaf.shape)}"
+        for path, leaf in wanted.items()
+        if path in arrays and tuple(arrays[path].shape) != tuple(leaf.shape)
+    ]
+    if problems:
+        raise ValueError(f"the checkpoint does not fit its config: {'; '.join(problems)}")
+    return jax.tree.unflatten(jax.tree.structure(like), [arrays[path] for path in wanted])
+
+
+class Manager:
+    """The checkpoints of a run: saved in the background, the last few and every n-th kept."""
+
+    def __init__(self, run: pathlib.Path, *, keep_last: int = 3, keep_every: int | None = None, read_only: bool = False):
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep_last,
+            keep_period=keep_every,
+            read_only=read_only,
+            create=not read_only,
+            enable_async_checkpointing=not read_only,
+            cleanup_tmp_directories=not read_only,
+        )
+        handlers: dict[str, Any] = {name: ocp.StandardCheckpointHandler() for name in ARRAYS}
+        handlers |= {name: ocp.JsonCheckpointHandler() for name in ("meta", "tokenizer")}
+        registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
+        for name, handler in handlers.items():
+            kinds = (ocp.args.JsonSave, ocp.args.JsonRestore) if name in ("meta", "tokenizer") else (ocp.args.StandardSave, ocp.args.StandardRestore)
+            for kind in kinds:
+                registry.add(name, kind, handler)
+        self.folder = run / RUN_SUBFOLDER
+        self._manager = ocp.CheckpointManager(self.folder.absolute(), options=options, handler_registry=registry)
+
+    def latest(self) -> int | None:
+        """Return the newest step, None if there is none."""
+        return self._manager.latest_step()
+
+    def save(self, step: int, *, params: Any, balance: Any, optimizer: Any, meta: dict[str, Any], tokenizer: str | None) -> None:
+        """Start saving; returns once the arrays are copied. Raises OSError (this or the next call) when an earlier save failed."""
+        trees = {"params": params, "balance": balance, "optimizer": optimizer}
+        items: dict[str, Any] = {name: ocp.args.StandardSave(by_path(tree)) for name, tree in trees.items()}
+        items["meta"] = ocp.args.JsonSave(meta)
+        items["tokenizer"] = ocp.args.JsonSave({"json": tokenizer})
+        self._manager.save(step, args=ocp.args.Composite(**items), force=True)
+
+    def wait(self) -> None:
+        """Wait until everything is on disk. Raises what the background save raised."""
+        self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Release the manager's threads."""
+        self._manager.close()
+
+    def meta(self, step: int) -> dict[str, Any]:
+        """Return a step's metadata."""
+        return self._restore(step, meta=ocp.args.JsonRestore())["meta"]
+
+    def tokenizer(self, step: int) -> str | None:
+        """Return a step's tokenizer.json, None if it was trained without one."""
+        return self._restore(step, tokenizer=ocp.args.JsonRestore())["tokenizer"]["json"]
+
+    def restore(self, step: int, like: Mapping[str, Any]) -> dict[str, Any]:
+        """Return trees of a step, by name, in the structure and with the shardings of those given (of arrays or ShapeDtypeStructs)."""
+        items = {name: ocp.args.StandardRestore(by_path(tree)) for name, tree in like.items()}
+        restored = self._restore(step, **items)
+        return {name: from_paths(tree, restored[name]) for name, tree in like.items()}
+
+    def _restore(self, step: int, **items: Any) -> dict[str, Any]:
+        try:
+            return dict(self._manager.restore(step, args=ocp.args.Composite(**items)).items())
+        except (ValueError, OSError, KeyError, TypeError) as error:
+            first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise ValueError(f"checkpoint {self.folder / str(step)} is damaged or not of this model: {first[:300]}") from error
+
+
+class Loaded(NamedTuple):
+    """A model ready to run, its config, and its tokenizer (None where the folder has none)."""
+
+    model: Ring
+    config: ModelConfig
+    tokenizer: Tokenizer | None
+
+
+class _Found(NamedTuple):
+    """A checkpoint on disk: a step of a run, or a Hugging Face folder (no step)."""
+
+    folder: pathlib.Path
+    step: int | None
+
+
+def find(path: str | pathlib.Path) -> _Found:
+    """Return what a path names: a run folder (its newest checkpoint), one checkpoint of ours, or a Hugging Face folder.
+
+    Raises ValueError naming the path and what was expected.
+    """
+    folder = pathlib.Path(path)
+    if not folder.exists():
+        raise ValueError(f"no checkpoint at {folder}: no such folder")
+    if (folder / RUN_SUBFOLDER).is_dir():
+        steps = sorted(int(p.name) for p in (folder / RUN_SUBFOLDER).iterdir() if p.name.isdigit())
+        if not steps:
+            raise ValueError(f"{folder} has no finished checkpoint yet")
+        return _Found(folder, steps[-1])
+    if folder.name.isdigit() and folder.parent.name == RUN_SUBFOLDER:
+        return _Found(folder.parent.parent, int(folder.name))
+    if convert.is_hf_folder(folder):
+        return _Found(folder, None)
+    raise ValueError(f"{folder} is neither a run folder, one of its checkpoints, nor a Hugging Face folder (config.json and *.safetensors)")
+
+
+def load(
+    path: str | pathlib.Path, mesh: Any = None, *, precision: str | None = None, stacked: bool = True, aligned: bool = True, remat: str = "none"
+) -> Loaded:
+    """Return a checkpoint's model, config and tokenizer.
+
+    precision: "fp32" or "bf16", default the checkpoint's. With a mesh the parameters are sharded over it. `stacked` chooses the layout of
+    the parameters (see `model.layer_pattern`). Raises ValueError in one line for a missing, damaged or unfitting checkpoint.
+    """
+    found = find(path)
+    if found.step is None:
+        config = read_hf_config(found.folder)
+        abstract = nnx.eval_shape(lambda: Ring(config, rngs=nnx.Rngs(0), stacked=stacked))
+        arrays: dict[str, Any] = convert.read_hf(found.folder, abstract)
+        stored = "bf16" if arrays["embedding"].dtype == "bfloat16" else "fp32"
+        has_tokenizer = (found.folder / "tokenizer.json").is_file()
+        tokenizer = Tokenizer.from_file(found.folder) if has_tokenizer else None
+    else:
+        manager = Manager(found.folder, read_only=True)
+        try:
+            meta = manager.meta(found.step)
+            config, stored = ModelConfig.from_json(json.dumps(meta["model"])), meta["precision"]
+            text = manager.tokenizer(found.step)
+            tokenizer = Tokenizer.from_json(text) if text else None
+            abstract = nnx.eval_shape(lambda: Ring(config, rngs=nnx.Rngs(0)))
+            _, params, balance, _ = scoring.split(abstract)
+            trees = manager.restore(found.step, {"params": params, "balance": balance})
+        finally:
+            manager.close()
+        arrays = by_path(trees["params"]) | by_path(trees["balance"])
+        if not stacked:
+            arrays = _unstack(arrays, abstract, nnx.eval_shape(lambda: Ring(config, rngs=nnx.Rngs(0), stacked=False)))
+    if precision is not None and precision not in DTYPES:
+        raise ValueError(f"unknown precision {precision!r}; known: {', '.join(DTYPES)}")
+    numerics = Numerics(aligned=aligned, dtype=DTYPES[precision or stored], remat=remat)
+    return Loaded(build(config, numerics, arrays, stacked=stacked, mesh=mesh), config, tokenizer)
+
+
+def build(config: ModelConfig, numerics: Numerics, arrays: Mapping[str, Any], *, stacked: bool = True, mesh: Any = None) -> Ring:
+    """Return a model with these arrays by dotted path, rounded to the numerics' dtype once, on the mesh if there is one."""
+    graph, params, balance, tables = scoring.split(nnx.eval_shape(lambda: Ring(config, numerics, rngs=nnx.Rngs(0), stacked=stacked)))
+    as_float32 = lambda tree: jax.tree.map(lambda x: x.astype("float32"), tree)
+    params = round_weights(as_float32(from_paths(params, arrays)), numerics.dtype)
+    balance = as_float32(from_paths(balance, arrays))
+    model = nnx.merge(graph, params, balance, tables)
+    model.init_tables()
+    if mesh is not None:
+        graph, state = nnx.split(model)
+        model = nnx.merge(graph, jax.device_put(state, sharding.shardings(state, mesh)))
+    return model
+
+
+def _unstack(arrays: Mapping[str, Any], stacked: Ring, unstacked: Ring) -> dict[str, Any]:
+    """Stacked arrays by path, as those of the layout with a buffer a layer."""
+    where = {}  # layer -> where it is in the stack
+    for i, segment in enumerate(stacked.pattern):
+        for j, run in enumerate(segment):
+            for group, layers in enumerate(run.layers):
+                where |= {layer: (f"segments.{i}.{j}.", group, position) for position, layer in enumerate(layers)}
+    out = {path: array for path, array in arrays.items() if not path.startswith("segments.")}
+    for i, segment in enumerate(unstacked.pattern):
+        prefix, group, position = where[segment[0].layers[0][0]]
+        for path, array in arrays.items():
+            if path.startswith(prefix):
+                out[f"segments.{i}.0.{path[len(prefix) :]}"] = np.asarray(array)[group, position][None, None]
+    return out

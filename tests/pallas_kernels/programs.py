@@ -1,0 +1,40 @@
+"""How the tests of the kernels run: programs compiled whole as at an entry of the project, and their float64 twins."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+DTYPES = {"fp32": jnp.float32, "bf16": jnp.bfloat16}
+
+jit = functools.partial(jax.jit, compiler_options={"xla_allow_excess_precision": False})
+"""The jit of aligned programs: intermediates are rounded where the tile says."""
+
+
+def with_gradients(f: Callable) -> Callable:
+    """Return the function (inputs, cotangents) -> (f(*inputs), gradients of the inputs)."""
+
+    def run(inputs, cotangents):
+        out, pull_back = jax.vjp(f, *inputs)
+        return out, pull_back(cotangents)
+
+    return run
+
+
+def in_float64(f: Callable, *args: Any) -> Any:
+    """Return f of the arguments, all floating-point arrays as float64, as numpy arrays. `f` is compiled once if it is the same object."""
+    double = lambda x: np.asarray(x).astype(np.float64) if jnp.issubdtype(x.dtype, jnp.floating) else np.asarray(x)
+    with jax.enable_x64(True):
+        return jax.tree.map(np.asarray, _compiled(f)(*jax.tree.map(double, args)))
+
+
+_compiled = functools.cache(jax.jit)
+
+
+def random_like(tree: Any, seed: int = 1) -> Any:
+    """Return standard normal arrays of the shapes and dtypes of a tree of arrays or shape structs."""
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda x: jnp.asarray(rng.standard_normal(x.shape), x.dtype), tree)

@@ -1,0 +1,225 @@
+"""Lightning attention: right in value and gradient, and one set of bits in training, prefill and decode."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pallas_kernels import GRID
+from pallas_kernels.lightning_attention import fold_full_chunks, lightning_attention, lightning_attention_step, reference
+from pallas_kernels.lightning_attention.cases import TEST_CASES, Case, inputs
+from tests.pallas_kernels.programs import DTYPES, in_float64, jit, random_like, with_gradients
+from tests.pallas_kernels.tolerances import assert_close, assert_same_bits
+
+step = jit(functools.partial(lightning_attention_step, aligned=True))
+fold = jit(fold_full_chunks)
+
+
+@functools.cache
+def forward(chunk_size):
+    """Return the aligned forward as a program."""
+    return jit(functools.partial(lightning_attention, chunk_size=chunk_size, aligned=True))
+
+
+def recurrence(q, k, v, log_decay, state, reset, chunk_size):
+    """Return the reference's outputs of all tokens, and its state at the last chunk boundary."""
+    length = q.shape[1]
+    marks = None if reset is None else jnp.zeros((q.shape[0], length), bool).at[:, ::chunk_size].set(reset)
+    out, _ = reference.lightning_attention(q, k, v, log_decay, state, marks)
+    whole = length // chunk_size * chunk_size
+    boundary = (None if x is None else x[:, :whole] for x in (q, k, v, marks))
+    q, k, v, marks = boundary
+    return out, reference.lightning_attention(q, k, v, log_decay, state, marks)[1]
+
+
+def split(given):
+    """Return the inputs a gradient goes to, and a function that puts them back in a call of f."""
+    state = () if given.state is None else (given.state,)
+
+    def call(f, q, k, v, *state):
+        return f(q, k, v, given.log_decay, state=state[0] if state else None, reset=given.reset)
+
+    return (given.q, given.k, given.v, *state), call
+
+
+@functools.cache
+def truth(name):
+    """Return the float64 program of a case: (inputs, log_decay, reset, cotangents) -> value and gradients."""
+
+    def run(differentiable, log_decay, reset, cotangents):
+        f = lambda q, k, v, state=None: recurrence(q, k, v, log_decay, state, reset, TEST_CASES[name].C)
+        return with_gradients(f)(differentiable, cotangents)
+
+    return run
+
+
+@pytest.mark.parametrize("name", TEST_CASES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("aligned", [False, True])
+def test_value_and_gradients(name, dtype, aligned):
+    dtype = DTYPES[dtype]
+    given = inputs(TEST_CASES[name], dtype)
+    differentiable, call = split(given)
+    f = functools.partial(call, functools.partial(lightning_attention, chunk_size=TEST_CASES[name].C, aligned=aligned))
+    cotangents = random_like(jax.eval_shape(f, *differentiable))
+    actual = jit(with_gradients(f))(differentiable, cotangents)
+    assert actual[0][0].dtype == dtype and actual[0][1].dtype == jnp.float32
+    assert_close(actual, in_float64(truth(name), differentiable, given.log_decay, given.reset, cotangents), dtype)
+
+
+def test_the_decay_gets_no_gradient():
+    given = inputs(TEST_CASES["odd_length"], jnp.float32)
+    gradient = jax.jit(jax.grad(lambda g: lightning_attention(*given[:3], g)[0].sum()))(given.log_decay)
+    assert not gradient.any()
+
+
+@pytest.mark.parametrize("decay", [-5.0, -100.0, -1e30])
+@pytest.mark.parametrize("aligned", [False, True])
+def test_a_very_strong_decay_leaves_each_token_its_own_value(decay, aligned):
+    q, k, v, _, _, _ = inputs(Case(1, 200, 1, 16, 16, C=128), jnp.float32)
+    f = lambda q, k, v: lightning_attention(q, k, v, jnp.full(1, decay), chunk_size=128, aligned=aligned)
+    outputs = jax.eval_shape(f, q, k, v)
+    (out, state), gradients = jit(with_gradients(f))((q, k, v), random_like(outputs))
+    assert all(np.isfinite(x).all() for x in (out, state, *gradients))
+    if decay < -50:
+        np.testing.assert_allclose(out, 16**-0.5 * (q * k).sum(-1, keepdims=True) * v, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("aligned", [False, True])
+def test_length_stops_the_state_at_the_boundary_it_has_reached(aligned):
+    case = Case(4, 200, 2, 16, 16, state=True)
+    given, lengths = inputs(case, jnp.float32), [200, 63, 64, 150]
+    f = lambda q, k, v, state: lightning_attention(
+        q, k, v, given.log_decay, state=state, length=jnp.array(lengths), chunk_size=64, aligned=aligned
+    )
+    differentiable = (given.q, given.k, given.v, given.state)
+    d_out, d_state = random_like(jax.eval_shape(f, *differentiable))
+    valid = jnp.arange(200) < jnp.array(lengths)[:, None]  # what stands behind is padding, whose outputs nobody reads
+    cotangents = d_out * valid[..., None, None], d_state
+    (_, states), gradients = jit(with_gradients(f))(differentiable, cotangents)
+    for row, length in enumerate(lengths):
+        one = lambda x, row=row: x[row : row + 1]
+
+        def alone(q, k, v, state, boundary=length // 64 * 64):
+            out, _ = reference.lightning_attention(q, k, v, given.log_decay, state)
+            return out, reference.lightning_attention(q[:, :boundary], k[:, :boundary], v[:, :boundary], given.log_decay, state)[1]
+
+        (_, state), wanted = in_float64(with_gradients(alone), jax.tree.map(one, differentiable), jax.tree.map(one, cotangents))
+        assert_close(one(states), state, jnp.float32)
+        assert_close(jax.tree.map(one, gradients), wanted, jnp.float32)
+
+
+def buffers_at(given, start, rows, chunk_size):
+    """Return the open chunk's k and v of each batch row as decode holds them: `rows` [B] true rows, finite garbage behind."""
+    rng = np.random.default_rng(7)
+
+    def buffer(x):
+        chunk = np.zeros((x.shape[0], chunk_size, *x.shape[2:]), x.dtype)
+        taken = np.asarray(x)[:, start : start + chunk_size]
+        chunk[:, : taken.shape[1]] = taken
+        garbage = (1e3 * rng.standard_normal(chunk.shape)).astype(x.dtype)
+        unused = np.arange(chunk_size) >= np.asarray(rows)[:, None]
+        return jnp.asarray(np.where(unused[..., None, None], garbage, chunk)).swapaxes(1, 2)
+
+    return buffer(given.k), buffer(given.v)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("chunk_size", [64, 128])
+def test_decode_rows_have_the_bits_of_training_at_every_position(dtype, chunk_size):
+    """Every position of the first two chunks, as 2 C slots of one batch; a third chunk is left open in training."""
+    length, width = 2 * chunk_size + 9, 2 * chunk_size
+    given = inputs(Case(2, length, 2, 16, 24, C=chunk_size), DTYPES[dtype])
+    out, _ = forward(chunk_size)(*given[:4])
+    for row in range(2):
+        one = given._replace(**{name: getattr(given, name)[row : row + 1] for name in "qkv"})
+        q, states, keys, values, indices = [], [], [], [], []
+        for start in (0, chunk_size):
+            _, state = forward(chunk_size)(*one[:4], length=jnp.array([start]))
+            index = np.arange(chunk_size)
+            every = one._replace(k=jnp.repeat(one.k, chunk_size, 0), v=jnp.repeat(one.v, chunk_size, 0))
+            key, value = buffers_at(every, start, index + 1, chunk_size)
+            q.append(one.q[0, start : start + chunk_size])
+            states.append(jnp.repeat(state, chunk_size, 0))
+            keys, values, indices = [*keys, key], [*values, value], [*indices, index]
+        slots = [np.concatenate(x) for x in (q, states, keys, values)]
+        index = np.concatenate(indices)
+        assert_same_bits(step(*slots, given.log_decay, index), out[row, :width])
+        for slot in (0, 1, chunk_size - 1, chunk_size, width - 1):  # alone, and beside two others
+            for chosen in ([slot], [slot, 5, 77]):
+                rows = step(*(x[chosen] for x in slots), given.log_decay, index[chosen])
+                assert_same_bits(rows, out[row, chosen])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("chunk_size", [64, 128])
+def test_folded_buffers_are_the_state_of_the_forward(dtype, chunk_size):
+    length = 3 * chunk_size
+    given = inputs(Case(3, length, 2, 16, 24, C=chunk_size, state=True), DTYPES[dtype])
+    state = given.state
+    for start in range(0, length, chunk_size):
+        before = state
+        keys, values = buffers_at(given, start, [chunk_size] * 3, chunk_size)
+        state = fold(before, keys, values, given.log_decay, jnp.full(3, chunk_size - 1))
+        wanted = forward(chunk_size)(*given[:4], state=given.state, length=jnp.full(3, start + chunk_size))[1]
+        assert_same_bits(state, wanted)
+        index = jnp.array([chunk_size - 2, chunk_size - 1, chunk_size])  # open, full, no token
+        assert_same_bits(fold(before, keys, values, given.log_decay, index), jnp.stack([before[0], state[1], before[2]]))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_bits_do_not_depend_on_batch_length_or_place_in_a_packed_row(dtype):
+    given = inputs(Case(2, 3 * GRID, 2, 16, 24), DTYPES[dtype])
+    first, second = (given._replace(**{name: getattr(given, name)[row : row + 1] for name in "qkv"}) for row in range(2))
+    both, states = forward(64)(*given[:4])
+    for row, one in enumerate((first, second)):
+        out, state = forward(64)(*one[:4])
+        assert_same_bits((out[0], state[0]), (both[row], states[row]))
+    short = [x[:, :77] for x in first[:3]]
+    alone = forward(64)(*short, given.log_decay)[0][0]
+    assert_same_bits(alone, both[0, :77])
+    packed = [x.at[0, GRID : GRID + 77].set(y[0, :77]) for x, y in zip(second[:3], first[:3], strict=True)]
+    reset = (jnp.arange(3 * GRID // 64) % (GRID // 64) == 0)[None]
+    assert_same_bits(forward(64)(*packed, given.log_decay, reset=reset)[0][0, GRID : GRID + 77], alone)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("cut", [64, 192])
+def test_a_prompt_in_pieces_has_the_bits_of_the_whole(dtype, cut):
+    given = inputs(Case(2, 256, 2, 16, 24, state=True), DTYPES[dtype])
+    whole = forward(64)(*given[:4], state=given.state)
+    first, state = forward(64)(*(x[:, :cut] for x in given[:3]), given.log_decay, state=given.state)
+    rest, state = forward(64)(*(x[:, cut:] for x in given[:3]), given.log_decay, state=state)
+    assert_same_bits((jnp.concatenate([first, rest], 1), state), whole)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_forward_has_the_same_bits_under_a_gradient(dtype):
+    given = inputs(TEST_CASES["initial_state"], DTYPES[dtype])
+    f = lambda q, k, v: lightning_attention(q, k, v, given.log_decay, aligned=True)
+    out = forward(64)(*given[:4])
+    assert_same_bits(jit(with_gradients(f))(given[:3], random_like(out))[0], out)
+
+
+def test_a_chunk_that_does_not_divide_the_grid_is_refused():
+    given = inputs(TEST_CASES["one_token"], jnp.float32)
+    with pytest.raises(ValueError, match="chunk_size 48 does not divide the grid of 128"):
+        lightning_attention(*given[:4], chunk_size=48)
+
+
+decode_truth = functools.partial(recurrence, state=None, reset=None, chunk_size=64)
+
+
+@settings(deadline=None, max_examples=15)
+@given(seed=st.integers(0, 2**32 - 1), decay=st.floats(0, 300), index=st.integers(0, 63))
+def test_a_decode_step_is_the_recurrence_for_any_decay(seed, decay, index):
+    given = inputs(Case(1, 128, 2, 16, 16, decay=decay), jnp.float32, seed)
+    out, _ = in_float64(decode_truth, *given[:4])
+    _, state = forward(64)(*given[:4], length=jnp.array([64]))
+    row = step(given.q[:, 64 + index], state, *buffers_at(given, 64, [index + 1], 64), given.log_decay, jnp.array([index]))
+    assert np.abs(row[0] - out[0, 64 + index]).max() <= 1e-5 * np.abs(out).max()
+    assert_same_bits(row[0], forward(64)(*given[:4])[0][0, 64 + index])

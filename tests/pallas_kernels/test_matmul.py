@@ -1,0 +1,103 @@
+"""The row-tiled product: right in value and gradient, and rows that do not see their neighbours."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pallas_kernels.matmul import ROW_TILE, map_row_tiles, matmul, reference, row_tiled
+from pallas_kernels.matmul.cases import TEST_CASES, Case, inputs
+from tests.pallas_kernels.programs import DTYPES, in_float64, jit, random_like, with_gradients
+from tests.pallas_kernels.tolerances import assert_close, assert_same_bits
+
+ROW_COUNTS = (1, 8, 63, 64, 65, 200, 300)
+truth = with_gradients(reference.matmul)
+aligned = jit(functools.partial(matmul, aligned=True))
+
+
+@pytest.mark.parametrize("name", TEST_CASES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("is_aligned", [False, True])
+def test_value_and_gradients(name, dtype, is_aligned):
+    dtype = DTYPES[dtype]
+    x, w = inputs(TEST_CASES[name], dtype)
+    cotangent = random_like(jax.eval_shape(matmul, x, w))
+    actual = jit(with_gradients(functools.partial(matmul, aligned=is_aligned)))((x, w), cotangent)
+    assert_close(actual, in_float64(truth, (x, w), cotangent), dtype)
+
+
+@pytest.mark.parametrize("is_aligned", [False, True])
+def test_out_dtype_keeps_the_accumulator(is_aligned):
+    x, w = inputs(TEST_CASES["odd_rows"], jnp.bfloat16)
+    y = jit(functools.partial(matmul, aligned=is_aligned, out_dtype=jnp.float32))(x, w)
+    assert_close(y, in_float64(reference.matmul, x, w), jnp.float32)
+
+
+@pytest.mark.parametrize("columns", [8, 40])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_do_not_depend_on_how_many_there_are(columns, dtype):
+    x, w = inputs(Case((max(ROW_COUNTS),), 96, columns), DTYPES[dtype])
+    y = aligned(x, w)
+    for num in ROW_COUNTS:
+        assert_same_bits(aligned(x[:num], w), y[:num])
+        assert_same_bits(aligned(x[-num:], w), y[-num:])  # at another place in their tiles
+
+
+@pytest.mark.parametrize("num", [1, 130])
+def test_rows_do_not_depend_on_what_stands_around_the_product(num):
+    x, w = inputs(Case((num,), 96, 8), jnp.bfloat16)
+    product = functools.partial(matmul, aligned=True, out_dtype=jnp.float32)
+    inside = jit(lambda x, w: (product(2 * x, w), jax.nn.silu(product(2 * x, w)) + 1))
+    assert_same_bits(inside(x, w)[0], jit(product)(2 * x, w))
+
+
+def normalised(x, gate, weight):
+    """A row-wise function with a reduction and a multiply-add: x weight / rms(x), and its gated sum."""
+    y = x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + 1e-6) * weight
+    return {"y": y, "total": (y * gate + x).sum(-1)}
+
+
+def row_inputs(num):
+    rng = np.random.default_rng(0)
+    x, gate = (jnp.asarray(rng.standard_normal((max(ROW_COUNTS), 24)), jnp.float32)[:num] for _ in range(2))
+    return x, gate, jnp.asarray(rng.standard_normal(24), jnp.float32)
+
+
+tiled = lambda x, gate, weight: row_tiled(normalised, [x, gate], [weight])
+
+
+def test_row_tiled_rows_do_not_depend_on_how_many_there_are():
+    run = jit(tiled)
+    everything = run(*row_inputs(max(ROW_COUNTS)))
+    for num in ROW_COUNTS:
+        assert_same_bits(run(*row_inputs(num)), jax.tree.map(lambda y, num=num: y[:num], everything))
+
+
+@pytest.mark.parametrize("num", [1, 70])
+def test_row_tiled_value_and_gradients(num):
+    arguments = row_inputs(num)
+    cotangents = random_like(jax.eval_shape(normalised, *arguments))
+    actual = jit(with_gradients(tiled))(arguments, cotangents)
+    assert_close(actual, in_float64(with_gradients(normalised), arguments, cotangents), jnp.float32)
+
+
+def test_map_row_tiles_sees_whole_tiles_padded_with_zeros():
+    seen = jit(lambda x: map_row_tiles(lambda t: jnp.broadcast_to(t.sum(), t.shape), x))(jnp.ones(ROW_TILE + 3))
+    np.testing.assert_array_equal(seen, [ROW_TILE] * ROW_TILE + [3] * 3)
+
+
+def test_unknown_implementation_names_the_known_ones():
+    with pytest.raises(ValueError, match="no implementation 'cuda'; it has xla"):
+        matmul(jnp.ones((1, 2)), jnp.ones((2, 1)), implementation="cuda")
+
+
+@settings(deadline=None, max_examples=12)
+@given(num=st.sampled_from([3, 65, 150]), columns=st.sampled_from([8, 40]), seed=st.integers(0, 2**32 - 1))
+def test_permuted_rows_give_the_permuted_product(num, columns, seed):
+    x, w = inputs(Case((num,), 96, columns), jnp.float32, seed)
+    order = np.random.default_rng(seed).permutation(num)
+    assert_same_bits(aligned(x[order], w), np.asarray(aligned(x, w))[order])
