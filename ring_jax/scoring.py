@@ -37,8 +37,8 @@ def _next(x: jax.Array) -> jax.Array:
     return jnp.roll(x, -1, axis=1)
 
 
-def _scored(batch: Batch, ahead: int = 1) -> Bool[Array, "B T"]:
-    """Positions whose token `ahead` further is of the same document."""
+def scored(batch: Batch, ahead: int = 1) -> Bool[Array, "B T"]:
+    """Return which positions are scored: those whose token `ahead` further on is of the same document."""
     same = (batch.segment_ids == jnp.roll(batch.segment_ids, -ahead, axis=1)) & (batch.segment_ids > 0)
     return same & (jnp.arange(batch.tokens.shape[1]) < batch.tokens.shape[1] - ahead)
 
@@ -53,7 +53,7 @@ def next_token_logprobs(model: Ring, batch: Batch) -> tuple[Float[Array, "B T"],
     """Return the raw log-probability, at each position, of the document's next token (0 where there is none), and the forward's output."""
     output = model(batch.tokens, batch.positions, segment_ids=batch.segment_ids)
     logprobs = _target_logprobs(model, output.hidden, _next(batch.tokens))
-    return jnp.where(_scored(batch), logprobs, 0.0), output
+    return jnp.where(scored(batch), logprobs, 0.0), output
 
 
 def token_logprobs(model: Ring, batch: Batch) -> Float[Array, "B T"]:
@@ -74,8 +74,8 @@ def totals(batch: Batch, num_mtp_layers: int) -> Totals:
     """Return the totals of a batch [..., T]; any leading axes are one batch."""
     batch = jax.tree.map(lambda x: x.reshape(-1, x.shape[-1]), batch)
     count = lambda marks: jnp.maximum(sharding.sum_over_batch(marks.sum().astype(jnp.float32)), 1.0)
-    further = tuple(count(_scored(batch, depth + 2)) for depth in range(num_mtp_layers))
-    return Totals(count(_scored(batch)), further, count(batch.segment_ids > 0))
+    further = tuple(count(scored(batch, depth + 2)) for depth in range(num_mtp_layers))
+    return Totals(count(scored(batch)), further, count(batch.segment_ids > 0))
 
 
 def loss(model: Ring, batch: Batch, total: Totals, *, z_loss: float = 0.0, mtp_weight: float = 0.1) -> tuple[Float[Array, ""], LossStats]:
@@ -94,7 +94,7 @@ def loss(model: Ring, batch: Batch, total: Totals, *, z_loss: float = 0.0, mtp_w
     z_sums = [stats.z_sum for stats in jax.tree.leaves(router, is_leaf=_is_stats) if stats is not None]
     if z_loss and z_sums:
         value = value + z_loss * sum(z.sum() for z in z_sums) / (total.valid * sum(z.size for z in z_sums))
-    return value, LossStats(nll, _scored(batch).sum().astype(jnp.float32), router)
+    return value, LossStats(nll, scored(batch).sum().astype(jnp.float32), router)
 
 
 def _is_stats(x: Any) -> bool:
@@ -109,7 +109,7 @@ def _further_loss(model: Ring, batch: Batch, hidden: Float[Array, "B T D"], tota
     for depth, layer in enumerate(model.mtp):
         tokens = _next(tokens)
         hidden, stats = layer(hidden, model.embed(tokens), place)
-        logprobs = jnp.where(_scored(batch, depth + 2), _target_logprobs(model, hidden, _next(tokens)), 0.0)
+        logprobs = jnp.where(scored(batch, depth + 2), _target_logprobs(model, hidden, _next(tokens)), 0.0)
         value = value - logprobs.sum() / total.further[depth] / len(model.mtp)
         router.append(stats)
     return value, tuple(router)

@@ -172,7 +172,7 @@ def sum_gradients(gradients: Any) -> Any:
     mesh = jax.sharding.get_abstract_mesh()
 
     def leaf(variable: nnx.Variable) -> nnx.Variable:
-        summed = {axis for axes in _variable_spec(variable, mesh) for axis in (axes or ())}
+        summed = {axis for entry in _variable_spec(variable, mesh) for axis in ([entry] if isinstance(entry, str) else entry or ())}
         axes = tuple(axis for axis in BATCH_AXES if axis in live and axis not in summed)
         return variable.replace(lax.psum(variable.get_value(), axes)) if axes else variable
 
