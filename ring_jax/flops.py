@@ -47,3 +47,32 @@ def training_flops_per_token(config: ModelConfig, seq_len: int) -> float:
     size = config.head_size
     mixing = config.num_heads * (linear * 14 * size * (config.chunk_size + size) + softmax * 6 * size * seq_len)
     return 6.0 * (num_active_params(config) + config.vocab_size * config.hidden_size) + mixing
+
+
+PEAKS = {"h200": 989e12, "h100": 989e12, "v4": 275e12, "v5p": 459e12, "v5 lite": 197e12, "v5e": 197e12, "v6": 918e12}
+"""bf16 operations a second of accelerators, by a part of jax's device kind (the makers' figures, dense)."""
+
+
+def matmul_ceiling(dtype: str) -> float | None:
+    """Return the operations a second one device can do: the maker's figure, or on a CPU the best of a few products (half a second).
+
+    None for an accelerator that is not listed. Simulated CPU devices share the host: each gets its part.
+    """
+    import time
+
+    import jax
+    import jax.numpy as jnp
+
+    device = jax.devices()[0]
+    if device.platform != "cpu":
+        return next((peak for name, peak in PEAKS.items() if name in device.device_kind.lower()), None)
+    size = 1536
+    x = jax.device_put(jnp.ones((size, size), dtype), device)
+    product = jax.jit(lambda x: x @ x)
+    product(x).block_until_ready()
+    times = []
+    for _ in range(5):
+        start = time.perf_counter()
+        product(x).block_until_ready()
+        times.append(time.perf_counter() - start)
+    return 2 * size**3 / min(times) / jax.device_count()
