@@ -35,11 +35,11 @@ class Problem(NamedTuple):
     host: Mapping[str, Callable[..., np.ndarray]] = {}
 
 
-def interleaved(runs: Mapping[str, Callable[[int], Any]], seconds: float) -> dict[str, tuple[float, int]]:
-    """Return the median time of each run and how many it is the median of; they take turns, so that a slow moment hits them all."""
+def interleaved(runs: Mapping[Any, Callable[[int], Any]], seconds: float) -> dict[Any, list[float]]:
+    """Return the times of each run; they take turns, so that a slow moment hits them all."""
     for run in runs.values():
         jax.block_until_ready(run(0))
-    times: dict[str, list[float]] = {name: [] for name in runs}
+    times: dict[Any, list[float]] = {name: [] for name in runs}
     until, turn = time.perf_counter() + seconds * len(runs), 0
     while turn < 5 or (turn < 200 and time.perf_counter() < until):
         for name, run in runs.items():
@@ -47,16 +47,26 @@ def interleaved(runs: Mapping[str, Callable[[int], Any]], seconds: float) -> dic
             jax.block_until_ready(run(turn))
             times[name].append(time.perf_counter() - start)
         turn += 1
-    return {name: (statistics.median(one), len(one)) for name, one in times.items()}
+    return times
 
 
 def ceilings(dtype: jnp.dtype, seconds: float) -> tuple[float, float]:
-    """Return the bytes/s of a large copy and the FLOP/s of a large product of this dtype, measured here and now."""
-    size = 1 << (11 if jax.default_backend() == "cpu" else 13)
-    big, square = jnp.ones(64 << 20, jnp.uint8), jnp.ones((size, size), dtype)
-    copy, product = jax.jit(lambda x: x + jnp.uint8(1)), jax.jit(lambda x: jnp.dot(x, x, preferred_element_type=jnp.float32))
-    times = interleaved({"copy": lambda _: copy(big), "product": lambda _: product(square)}, seconds)
-    return 2 * big.size / times["copy"][0], 2 * size**3 / times["product"][0]
+    """Return the most bytes/s of a copy or a read and the most FLOP/s of a product of this dtype, measured here and now.
+
+    The best of several sizes and of all runs: nothing should exceed a ceiling.
+    """
+    copy, read = jax.jit(lambda x: x + 1), jax.jit(lambda x: jnp.ones(1024) @ x.reshape(1024, -1))
+    product = jax.jit(lambda x: jnp.dot(x, x, preferred_element_type=jnp.float32))
+    moves, products = {}, {}
+    for size in (1 << 20, 4 << 20, 64 << 20):
+        arrays = [jnp.full(size // 4, i, jnp.float32) for i in range(max(2, CACHE_BYTES // size))]
+        moves[2 * size] = lambda i, arrays=arrays: copy(arrays[i % len(arrays)])
+        moves[size] = lambda i, arrays=arrays: read(arrays[i % len(arrays)])
+    for size in (512, 1024, 2048) if jax.default_backend() == "cpu" else (4096, 8192):
+        square = jnp.ones((size, size), dtype)
+        products[2 * size**3] = lambda _, square=square: product(square)
+    best = lambda runs: max(work / min(times) for work, times in interleaved(runs, seconds).items())
+    return best(moves), best(products)
 
 
 def _with_gradients(f: Callable, positions: tuple[int, ...]) -> Callable:
@@ -81,7 +91,7 @@ def _error(actual: Any, truth: Any) -> float:
     return max(float(np.abs(np.asarray(a).astype(np.float64) - t).max() / max(np.abs(t).max(), 1e-300)) for a, t in pairs)
 
 
-def measure(problem: Problem, dtype: str, peaks: tuple[float, float], seconds: float) -> Iterator[dict[str, Any]]:
+def measure(problem: Problem, dtype: str, seconds: float) -> Iterator[dict[str, Any]]:
     """Yield a record for each implementation, forward and forward with backward."""
     one = jax.tree.leaves(problem.inputs(0))
     copies = int(np.clip(CACHE_BYTES // sum(x.nbytes for x in one) + 1, 2, MAX_COPIES))
@@ -96,15 +106,19 @@ def measure(problem: Problem, dtype: str, peaks: tuple[float, float], seconds: f
         with jax.enable_x64(True):
             truth = jax.tree.map(np.asarray, jax.jit(wrap(problem.truth))(*jax.tree.map(double, (*lead, *arguments[0]))))
         results = {name: jax.tree.map(np.asarray, program(*lead, *arguments[0])) for name, program in programs.items()}
-        runs = {name: lambda i, f=f: f(*lead, *arguments[i % copies]) for name, f in programs.items()}
+        runs = {name: lambda i, f=f, lead=lead: f(*lead, *arguments[i % copies]) for name, f in programs.items()}
         for name, f in problem.host.items() if not direction else ():
             results[name], runs[name] = f(*arguments[0]), lambda i, f=f: f(*arguments[i % copies])
         flops, moved = (sum(x[: direction + 1]) for x in (problem.flops, problem.bytes))
-        floor = max(moved / peaks[0], flops / peaks[1])
-        for name, (median, count) in interleaved(runs, seconds).items():
-            rates = {"flop/s": flops / median, "byte/s": moved / median, "of_ceiling": floor / median}
+        for name, times in interleaved(runs, seconds).items():
             labels = {"case": problem.case, "dtype": dtype, "implementation": name, "pass": ("forward", "both")[direction]}
-            yield labels | {"seconds": median, "runs": count, "error": _error(results[name], truth)} | rates
+            yield labels | {
+                "seconds": statistics.median(times),
+                "runs": len(times),
+                "error": _error(results[name], truth),
+                "flops": flops,
+                "bytes": moved,
+            }
 
 
 def main(op: str, problems: Callable[[jnp.dtype, bool], Iterator[Problem]]) -> None:
@@ -117,15 +131,19 @@ def main(op: str, problems: Callable[[jnp.dtype, bool], Iterator[Problem]]) -> N
     machine = {"device": jax.devices()[0].device_kind, "backend": jax.default_backend(), "cpu": platform.machine(), "jax": jax.__version__}
     print(f"{op}: {machine['device']} ({machine['cpu']}), jax {machine['jax']}")
     for dtype in ("fp32",) if arguments.quick else ("fp32", "bf16"):
-        array_type = {"fp32": jnp.float32, "bf16": jnp.bfloat16}[dtype]
-        peaks[dtype] = ceilings(array_type, seconds)
-        print(f"\n{dtype}: copy {peaks[dtype][0] / 1e9:.1f} GB/s, product {peaks[dtype][1] / 1e9:.0f} GFLOP/s")
-        print(f"{'case':<22}{'pass':<9}{'implementation':<24}{'ms':>10}{'runs':>6}{'GFLOP/s':>10}{'GB/s':>8}{'ceiling':>9}{'error':>10}")
+        array_type, measured, found = {"fp32": jnp.float32, "bf16": jnp.bfloat16}[dtype], [], []
         for problem in problems(array_type, arguments.quick):
-            for r in measure(problem, dtype, peaks[dtype], seconds):
-                records.append(r)
-                rates = f"{r['flop/s'] / 1e9:>10.1f}{r['byte/s'] / 1e9:>8.2f}{r['of_ceiling']:>9.1%}{r['error']:>10.1e}"
-                print(f"{r['case']:<22}{r['pass']:<9}{r['implementation']:<24}{r['seconds'] * 1e3:>10.3f}{r['runs']:>6}{rates}", flush=True)
+            found.append(ceilings(array_type, seconds / 4))  # before each case: the best moment of the whole run counts
+            measured += measure(problem, dtype, seconds)
+        peaks[dtype] = copy, product = tuple(max(x) for x in zip(*found, strict=True))
+        print(f"\n{dtype}: copy or read {copy / 1e9:.1f} GB/s, product {product / 1e9:.0f} GFLOP/s")
+        print(f"{'case':<18}{'pass':<9}{'implementation':<26}{'ms':>10}{'runs':>6}{'GFLOP/s':>10}{'GB/s':>8}{'ceiling':>9}{'error':>10}")
+        for r in measured:
+            r["of_ceiling"] = max(r["bytes"] / copy, r["flops"] / product) / r["seconds"]
+            rates = f"{r['flops'] / r['seconds'] / 1e9:>10.1f}{r['bytes'] / r['seconds'] / 1e9:>8.2f}{r['of_ceiling']:>9.1%}"
+            line = f"{r['case']:<18}{r['pass']:<9}{r['implementation']:<26}{r['seconds'] * 1e3:>10.3f}{r['runs']:>6}"
+            print(f"{line}{rates}{r['error']:>10.1e}", flush=True)
+        records += measured
     if arguments.json:
         with open(arguments.json, "w", encoding="utf-8") as file:
             json.dump({"op": op, "machine": machine, "ceilings": peaks, "records": records}, file, indent=1)

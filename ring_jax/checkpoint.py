@@ -9,6 +9,7 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import absl.logging
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
@@ -19,6 +20,8 @@ from ring_jax.config import ModelConfig, read_hf_config
 from ring_jax.model import Ring
 from ring_jax.numerics import DTYPES, Numerics, round_weights
 from ring_jax.tokenizer import Tokenizer
+
+absl.logging.set_verbosity(absl.logging.ERROR)  # orbax tells of each default it fills in
 
 ARRAYS = ("params", "balance", "optimizer")
 RUN_SUBFOLDER = "checkpoints"
@@ -209,3 +212,15 @@ def _unstack(arrays: Mapping[str, Any], stacked: Ring, unstacked: Ring) -> dict[
             if path.startswith(prefix):
                 out[f"segments.{i}.0.{path[len(prefix) :]}"] = np.asarray(array)[group, position][None, None]
     return out
+
+
+def training_remat(path: str | pathlib.Path) -> str:
+    """Return the rematerialisation a checkpoint was trained with ("none" for a Hugging Face folder)."""
+    found = find(path)
+    if found.step is None:
+        return "none"
+    manager = Manager(found.folder, read_only=True)
+    try:
+        return manager.meta(found.step)["train"]["remat"]
+    finally:
+        manager.close()

@@ -70,7 +70,7 @@ def prepare_devices(sizes: dict[str, int]) -> str | None:
     if wanted == 1:
         return None
     platforms = jax.config.jax_platforms or ""
-    if platforms in ("", "cpu") and not _has_accelerator():
+    if platforms in ("", "cpu") and not has_accelerator():
         jax.config.update("jax_num_cpu_devices", wanted)
         if jax.device_count() >= wanted:
             return f"simulating {wanted} devices on the CPU"
@@ -79,8 +79,8 @@ def prepare_devices(sizes: dict[str, int]) -> str | None:
     return None
 
 
-def _has_accelerator() -> bool:
-    """Whether jax would pick something else than the CPU, without starting a backend (its device count could then not change)."""
+def has_accelerator() -> bool:
+    """Return whether jax would pick something else than the CPU, without starting a backend (its device count is fixed by that)."""
     import importlib.util
     import pathlib
 

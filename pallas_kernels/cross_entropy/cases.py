@@ -19,7 +19,7 @@ TEST_CASES = {
     "one_row": Case(1, 16, 33),
     "odd_rows": Case(77, 16, 100),
     "several_tiles": Case(600, 16, 256),
-    "exact_pieces": Case(5, 8, 16384),
+    "exact_pieces": Case(40, 8, 16384),
     "pieces_with_overlap": Case(70, 8, 20001),
 }
 

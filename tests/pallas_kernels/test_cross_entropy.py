@@ -23,9 +23,9 @@ def truth(differentiable, targets, cotangents):
     return with_gradients(lambda hidden, w: reference.token_logprobs(hidden, w, targets))(differentiable, cotangents)
 
 
-@pytest.mark.parametrize("name", TEST_CASES)
-@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("aligned", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", TEST_CASES)
 def test_value_and_gradients(name, dtype, aligned):
     dtype = DTYPES[dtype]
     hidden, w, targets = inputs(TEST_CASES[name], dtype)

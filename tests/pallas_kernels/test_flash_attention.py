@@ -36,9 +36,9 @@ def check(arguments, dtype, is_aligned):
     return actual
 
 
-@pytest.mark.parametrize("name", TEST_CASES)
-@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("is_aligned", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", TEST_CASES)
 def test_value_and_gradients(name, dtype, is_aligned):
     check(inputs(TEST_CASES[name], DTYPES[dtype]), DTYPES[dtype], is_aligned)
 
@@ -102,7 +102,7 @@ def test_a_piece_of_a_prompt_has_the_bits_of_the_whole(dtype, first, count):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("heads", [(4, 2), (6, 2)])  # 8 and 5 positions a tile: offset and tile need not agree
+@pytest.mark.parametrize("heads", [(4, 2), (4, 1), (6, 2)])  # 6 / 2: 5 positions a tile, which does not divide the offset
 def test_bits_do_not_depend_on_batch_or_place_in_a_packed_row(dtype, heads):
     given = inputs(Case(2, 3 * GRID, *heads, 16), DTYPES[dtype])
     length = 150
@@ -135,7 +135,7 @@ def test_key_heads_that_do_not_divide_the_query_heads_are_refused():
 def test_any_range_of_keys(seed, is_aligned):
     rng = np.random.default_rng(seed)
     q, k, v, _, _ = inputs(Case(1, 300, 4, 2, 16), jnp.float32, seed)
-    start, stop = jnp.asarray(rng.integers(-5, 305, (2, 1, 24)), jnp.int32)
+    start, stop = jnp.asarray(rng.integers(0, 301, (2, 1, 24)), jnp.int32)
     out = programs[is_aligned](q[:, :24], k, v, start, stop)
     assert_close(out, in_float64(reference.flash_attention, q[:, :24], k, v, start, stop), jnp.float32)
 

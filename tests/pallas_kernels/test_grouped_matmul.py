@@ -37,9 +37,9 @@ def truth(differentiable, experts, cotangent):
 aligned_program = jit(functools.partial(by_expert, aligned=True))
 
 
-@pytest.mark.parametrize("name", TEST_CASES)
-@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("aligned", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", TEST_CASES)
 def test_value_and_gradients(name, dtype, aligned):
     dtype = DTYPES[dtype]
     x, w, experts = inputs(TEST_CASES[name], dtype)

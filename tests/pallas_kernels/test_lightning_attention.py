@@ -57,9 +57,9 @@ def truth(name):
     return run
 
 
-@pytest.mark.parametrize("name", TEST_CASES)
-@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("aligned", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", TEST_CASES)
 def test_value_and_gradients(name, dtype, aligned):
     dtype = DTYPES[dtype]
     given = inputs(TEST_CASES[name], dtype)
@@ -89,28 +89,28 @@ def test_a_very_strong_decay_leaves_each_token_its_own_value(decay, aligned):
         np.testing.assert_allclose(out, 16**-0.5 * (q * k).sum(-1, keepdims=True) * v, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("aligned", [False, True])
-def test_length_stops_the_state_at_the_boundary_it_has_reached(aligned):
-    case = Case(4, 200, 2, 16, 16, state=True)
-    given, lengths = inputs(case, jnp.float32), [200, 63, 64, 150]
-    f = lambda q, k, v, state: lightning_attention(
-        q, k, v, given.log_decay, state=state, length=jnp.array(lengths), chunk_size=64, aligned=aligned
-    )
+def test_length_stops_the_state_at_the_boundary_it_has_reached():
+    given, lengths = inputs(Case(3, 200, 2, 16, 16, state=True), jnp.float32), [200, 63, 130]
     differentiable = (given.q, given.k, given.v, given.state)
-    d_out, d_state = random_like(jax.eval_shape(f, *differentiable))
+
+    def op(q, k, v, state, aligned=True):
+        return lightning_attention(q, k, v, given.log_decay, state=state, length=jnp.array(lengths), aligned=aligned)
+
+    d_out, d_state = random_like(jax.eval_shape(op, *differentiable))
     valid = jnp.arange(200) < jnp.array(lengths)[:, None]  # what stands behind is padding, whose outputs nobody reads
     cotangents = d_out * valid[..., None, None], d_state
-    (_, states), gradients = jit(with_gradients(f))(differentiable, cotangents)
+    results = [jit(with_gradients(functools.partial(op, aligned=aligned)))(differentiable, cotangents) for aligned in (False, True)]
     for row, length in enumerate(lengths):
         one = lambda x, row=row: x[row : row + 1]
 
-        def alone(q, k, v, state, boundary=length // 64 * 64):
-            out, _ = reference.lightning_attention(q, k, v, given.log_decay, state)
-            return out, reference.lightning_attention(q[:, :boundary], k[:, :boundary], v[:, :boundary], given.log_decay, state)[1]
+        def alone(q, k, v, state, length=length):
+            out, boundary = recurrence(q[:, :length], k[:, :length], v[:, :length], given.log_decay, state, None, 64)
+            return jnp.pad(out, ((0, 0), (0, 200 - length), (0, 0), (0, 0))), boundary
 
         (_, state), wanted = in_float64(with_gradients(alone), jax.tree.map(one, differentiable), jax.tree.map(one, cotangents))
-        assert_close(one(states), state, jnp.float32)
-        assert_close(jax.tree.map(one, gradients), wanted, jnp.float32)
+        for (_, states), gradients in results:
+            assert_close(one(states), state, jnp.float32)
+            assert_close(jax.tree.map(one, gradients), wanted, jnp.float32)
 
 
 def buffers_at(given, start, rows, chunk_size):

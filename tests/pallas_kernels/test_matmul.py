@@ -19,9 +19,9 @@ truth = with_gradients(reference.matmul)
 aligned = jit(functools.partial(matmul, aligned=True))
 
 
-@pytest.mark.parametrize("name", TEST_CASES)
-@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("is_aligned", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", TEST_CASES)
 def test_value_and_gradients(name, dtype, is_aligned):
     dtype = DTYPES[dtype]
     x, w = inputs(TEST_CASES[name], dtype)

@@ -21,9 +21,9 @@ def assert_close(actual: Any, expected: Any, dtype: jnp.dtype) -> None:
         assert truth.dtype == np.float64 and one.shape == truth.shape, path
         one = np.asarray(one).astype(np.float64)
         assert np.isfinite(one).all(), f"{path}: not finite"
-        error, scale = np.abs(one - truth), np.abs(truth).max(initial=0)
+        error, scale = np.abs(one - truth), np.abs(truth).max(initial=0) or 1.0  # terms of order 1 that cancel exactly
         if dtype == jnp.bfloat16:
-            floor = rms(truth.astype(jnp.bfloat16).astype(np.float64) - truth)
+            floor = rms(truth.astype(jnp.bfloat16).astype(np.float64) - truth) or 2**-9 * scale
             assert rms(error) <= BF16_FLOORS * floor, f"{path}: {rms(error) / floor:.2f} rounding floors"
             assert error.max(initial=0) <= BF16_LARGEST * scale, f"{path}: {error.max() / scale:.1e} of the scale"
         else:

@@ -1,0 +1,166 @@
+"""The inference commands: python -m ring_jax.infer [score | align] --checkpoint DIR ..."""
+
+import argparse
+import json
+import os
+import pathlib
+import sys
+import typing
+
+COMMANDS = ("score", "align")
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line."""
+
+    def error(self, message: str) -> typing.NoReturn:
+        self.exit(2, f"error: {message} (see --help)\n")
+
+
+def _common(command: str, description: str) -> _Parser:
+    prog = "python -m ring_jax.infer" + (f" {command}" if command else "")
+    parser = _Parser(prog=prog, description=description, allow_abbrev=False)
+    parser.add_argument("--checkpoint", required=True, metavar="DIR", help="a run folder, one of its checkpoints, or a Hugging Face folder")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), help="of products (default: the checkpoint's)")
+    if command != "align":
+        parser.add_argument("--numerics", choices=("aligned", "fast"), default="aligned", help="aligned: the trainer's bits (default)")
+    return parser
+
+
+def _generate_parser() -> _Parser:
+    parser = _common("", "Generate text. Other commands: score (log-probabilities of given tokens), align (the alignment report).")
+    parser.add_argument("--prompt", metavar="TEXT", help="default: read from stdin")
+    parser.add_argument("--prompts", metavar="FILE.jsonl", help='a batch: lines {"prompt": ...}; prints one JSON a line, in order')
+    parser.add_argument("--max-tokens", type=int, default=256, metavar="N")
+    parser.add_argument("--temperature", type=float, default=0.6, help="0 is greedy (default 0.6)")
+    parser.add_argument("--top-k", type=int, default=0, metavar="K", help="0: all (default)")
+    parser.add_argument("--top-p", type=float, default=1.0, metavar="P")
+    parser.add_argument("--seed", type=int, default=0, help="the same seed gives a prompt the same text, whatever the batch")
+    parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end the reply before this text; may be repeated")
+    return parser
+
+
+def _score_parser() -> _Parser:
+    parser = _common("score", "Print the raw log-probability of each token of each line, one JSON a line.")
+    parser.add_argument("--input", required=True, metavar="FILE.jsonl", help='lines {"tokens": [...]} or {"text": ...}')
+    return parser
+
+
+def _align_parser() -> _Parser:
+    parser = _common("align", "Compare the bits of log-probabilities from training, prefill and decode; exit 1 if one differs.")
+    parser.add_argument("--text", metavar="FILE", help="text to score (default: the standard library's; random ids without a tokenizer)")
+    parser.add_argument("--tokens", type=int, default=2048, metavar="N", help="tokens to compare (default 2048)")
+    parser.add_argument("--remat", choices=("none", "mixers", "full"), help="of the training forward (default: the run's)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", metavar="FILE", help="write the report's rows")
+    return parser
+
+
+def _prompts(args: argparse.Namespace) -> list[str]:
+    if args.prompt is not None and args.prompts is not None:
+        raise ValueError("give --prompt or --prompts, not both")
+    if args.prompts is None:
+        text = args.prompt if args.prompt is not None else sys.stdin.read()
+        if not text:
+            raise ValueError("no prompt: give --prompt TEXT, --prompts FILE.jsonl, or text on stdin")
+        return [text]
+    path = pathlib.Path(args.prompts)
+    if not path.is_file():
+        raise ValueError(f"no prompts file {path}")
+    prompts = []
+    for number, line in enumerate(path.read_bytes().splitlines(), 1):
+        try:
+            value = json.loads(line.decode("utf-8"))
+            prompts.append(value["prompt"] if isinstance(value, dict) else None)
+        except (UnicodeDecodeError, json.JSONDecodeError, KeyError):
+            prompts.append(None)
+        if not isinstance(prompts[-1], str) or not prompts[-1]:
+            raise ValueError(f'{path}:{number}: expected {{"prompt": text}}')
+    if not prompts:
+        raise ValueError(f"{path} has no prompts")
+    return prompts
+
+
+def generate(args: argparse.Namespace) -> int:
+    """Run the generation command."""
+    from ring_jax.infer.sampling import Sampling
+
+    sampling = Sampling(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, seed=args.seed)
+    if args.max_tokens < 1:
+        raise ValueError(f"max-tokens must be at least 1, not {args.max_tokens}")
+    texts = _prompts(args)
+    from ring_jax import checkpoint
+    from ring_jax.infer.generate import Decoder, Generation
+
+    model, _, tokenizer = checkpoint.load(args.checkpoint, precision=args.precision, stacked=_stacked(), aligned=args.numerics == "aligned")
+    if tokenizer is None:
+        raise ValueError(f"{args.checkpoint} has no tokenizer.json; `score` takes token ids")
+    prompts = [tokenizer.encode(text) for text in texts]
+    options = {"max_tokens": args.max_tokens, "sampling": sampling, "stops": args.stop}
+    generation = Generation(Decoder(model), tokenizer, prompts, **options)
+    replies: list[dict[str, typing.Any]] = [{"prompt": text, "text": "", "tokens": [], "logprobs": []} for text in texts]
+    streamed = args.prompts is None
+    for piece in generation:
+        reply = replies[piece.index]
+        reply["text"] += piece.text
+        reply["tokens"].append(piece.token)
+        reply["logprobs"].append(float(f"{piece.logprob:.9g}"))
+        if streamed:
+            print(piece.text, end="", flush=True)
+    print("" if streamed else "\n".join(json.dumps(reply) for reply in replies))
+    t = generation.timing
+    print(
+        f"prefill {t.prefill_tokens} tokens, {t.prefill_tokens / t.prefill_seconds:,.1f} tokens/s; "
+        f"decode {t.decode_tokens} tokens, {t.decode_tokens / max(t.decode_seconds, 1e-9):,.1f} tokens/s "
+        f"({args.numerics} numerics, {model.numerics.dtype}; compilation counts)",
+        file=sys.stderr,
+    )
+    return 0
+
+
+def _stacked() -> bool:
+    """On a CPU a slice of a stack of layers is a copy, so each layer has its own buffers; elsewhere the layers stay stacked."""
+    import jax
+
+    return jax.default_backend() != "cpu"
+
+
+def score(args: argparse.Namespace) -> int:
+    """Run the scoring command."""
+    from ring_jax import checkpoint
+    from ring_jax.infer.score import Scorer, read_lines, score_lines
+
+    path = pathlib.Path(args.input)
+    if not path.is_file():
+        raise ValueError(f"no input file {path}")
+    model, config, tokenizer = checkpoint.load(args.checkpoint, precision=args.precision, aligned=args.numerics == "aligned")
+    for line in score_lines(Scorer(model), read_lines(path, tokenizer, config.vocab_size, config.num_positions)):
+        print(line)
+    return 0
+
+
+def align(args: argparse.Namespace) -> int:
+    """Run the alignment report; 1 if an aligned row is not exactly zero."""
+    from ring_jax.infer import align as report
+
+    return report.main(args)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a command and return its exit status: 0, or 2 with one line on stderr for a user's mistake."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    command = arguments[0] if arguments and arguments[0] in COMMANDS else ""
+    parser, run = {"": (_generate_parser, generate), "score": (_score_parser, score), "align": (_align_parser, align)}[command]
+    args = parser().parse_args(arguments[1:] if command else arguments)
+    try:
+        return run(args)
+    except (ValueError, OSError) as error:
+        if isinstance(error, BrokenPipeError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader left: nothing to say
+            return 0
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
