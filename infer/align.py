@@ -181,7 +181,9 @@ class Programs:
         taps = [tap._replace(value=value) for tap, value in zip(found, values, strict=True)]
         return np.asarray(jax.tree.leaves(outputs)[0]), layer_values(model, taps, (lead[0], lead[1]))
 
-    def _tapped_on_mesh(self, program: Callable, mesh: Any, in_specs: Any, model: Ring, args: Any, wanted: Any) -> tuple[np.ndarray, Values]:
+    def _tapped_on_mesh(
+        self, program: Callable, mesh: Any, in_specs: Any, model: Ring, args: Any, wanted: Any
+    ) -> tuple[np.ndarray, Values]:
         """Each device's taps, with its rows brought to the front so that the devices' parts join there."""
         found: list[tuple[Tap, tuple[int, ...]]] = []
         shards = math.prod(mesh.shape[axis] for axis in sharding.BATCH_AXES)
@@ -335,7 +337,13 @@ def first_difference(model: Ring, reference: list[Values], other: list[Values], 
                 x, y = x[:-1], y[:-1]  # the last token has no target; its row holds anything
             differs = (x != y).reshape(len(x), -1).any(1)
             if differs.any():
-                where = "before the layers" if layer < 0 else "after the layers" if layer == layers else f"layer {layer} ({model.config.mixer(layer)})"
+                where = (
+                    "before the layers"
+                    if layer < 0
+                    else "after the layers"
+                    if layer == layers
+                    else f"layer {layer} ({model.config.mixer(layer)})"
+                )
                 return f"{where}, {label}, document {document} position {int(np.argmax(differs))}"
     return None
 
@@ -423,7 +431,8 @@ def main(args: argparse.Namespace) -> int:
     documents = split_documents(tokens, config.num_positions)
     meshes = [sharding.make_mesh(m) for m in _meshes(jax.device_count(), config)]
     print(f"{args.checkpoint}: {sum(map(len, documents)):,} tokens of {source} in {len(documents)} documents")
-    print(f"{stacked.numerics.dtype}, remat {remat}, {jax.devices()[0].device_kind}, jax {jax.__version__}{f', {simulated}' if simulated else ''}\n{HEADER}")
+    where = f"{jax.devices()[0].device_kind}, jax {jax.__version__}" + (f", {simulated}" if simulated else "")
+    print(f"{stacked.numerics.dtype}, remat {remat}, {where}\n{HEADER}")
     rows = report(Programs(stacked, unstacked), documents, meshes)
     if args.json:
         pathlib.Path(args.json).write_text(json.dumps([row._asdict() for row in rows], indent=1))
@@ -431,7 +440,10 @@ def main(args: argparse.Namespace) -> int:
     if differing:
         print(f"not aligned: {', '.join(differing)}", file=sys.stderr)
         return 1
-    print("aligned: every log-probability has the same 32 bits. Next: python -m ring_jax.infer --checkpoint DIR --prompt TEXT", file=sys.stderr)
+    print(
+        "aligned: every log-probability has the same 32 bits. Next: python -m ring_jax.infer --checkpoint DIR --prompt TEXT",
+        file=sys.stderr,
+    )
     return 0
 
 

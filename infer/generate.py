@@ -82,7 +82,9 @@ class Decoder:
         """Return an empty cache."""
         return self.model.init_cache(batch, size)
 
-    def prefill(self, prompts: Sequence[Sequence[int]], cache: Cache, starts: Sequence[int] | None = None, piece: int = PIECE) -> tuple[Any, Any]:
+    def prefill(
+        self, prompts: Sequence[Sequence[int]], cache: Cache, starts: Sequence[int] | None = None, piece: int = PIECE
+    ) -> tuple[Any, Any]:
         """Return the cache after the prompts (continuing at `starts`, default 0) and the hidden state of each one's last token."""
         batch = len(prompts)
         starts = [0] * batch if starts is None else starts
@@ -149,7 +151,14 @@ class Generation:
     """Replies to a batch of prompts, streamed; `timing` is filled when the pieces are exhausted."""
 
     def __init__(
-        self, decoder: Decoder, tokenizer: Tokenizer, prompts: Sequence[Sequence[int]], *, max_tokens: int, sampling: Sampling, stops: Sequence[str]
+        self,
+        decoder: Decoder,
+        tokenizer: Tokenizer,
+        prompts: Sequence[Sequence[int]],
+        *,
+        max_tokens: int,
+        sampling: Sampling,
+        stops: Sequence[str],
     ):
         limit, vocab = decoder.model.config.num_positions, decoder.model.config.vocab_size
         for prompt in prompts:
@@ -157,8 +166,8 @@ class Generation:
                 raise ValueError("an empty prompt: it needs at least one token")
             if len(prompt) + max_tokens > limit:
                 raise ValueError(
-                    f"prompt of {len(prompt)} tokens and {max_tokens} new ones exceed the {limit} positions of the model: shorten it, lower "
-                    "--max-tokens, or extend the positions (YaRN: rope_scaling in the checkpoint's config)"
+                    f"prompt of {len(prompt)} tokens and {max_tokens} new ones exceed the {limit} positions of the model: shorten it, "
+                    "lower --max-tokens, or extend the positions (YaRN: rope_scaling in the checkpoint's config)"
                 )
             if max(prompt) >= vocab:
                 raise ValueError(f"token {max(prompt)} is outside the model's vocabulary of {vocab}")
@@ -196,5 +205,8 @@ class Generation:
         a = self.timing
         decode_seconds = time.perf_counter() - started
         self.timing = Timing(
-            a.prefill_tokens + int(lengths.sum()), a.prefill_seconds + prefill_seconds, a.decode_tokens + decoded, a.decode_seconds + decode_seconds
+            a.prefill_tokens + int(lengths.sum()),
+            a.prefill_seconds + prefill_seconds,
+            a.decode_tokens + decoded,
+            a.decode_seconds + decode_seconds,
         )

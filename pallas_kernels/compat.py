@@ -6,7 +6,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-
 from jax.extend.core import JaxprEqn, Literal
 
 __all__ = ["Literal", "bind_equation", "dot_general", "dot_operand", "open_jaxpr", "pin", "scan_counts"]

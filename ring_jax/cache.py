@@ -56,7 +56,9 @@ class Placement(NamedTuple):
     count: Int[Array, " B"] | None = None
 
 
-def place(positions: jax.Array, segment_ids: jax.Array | None, cache: Cache | None, cos: jax.Array, sin: jax.Array, chunk: int) -> Placement:
+def place(
+    positions: jax.Array, segment_ids: jax.Array | None, cache: Cache | None, cos: jax.Array, sin: jax.Array, chunk: int
+) -> Placement:
     """Return the placement of tokens at these positions [B, T]; padding has a negative position or segment 0."""
     valid = positions >= 0 if segment_ids is None else (positions >= 0) & (segment_ids > 0)
     if cache is None:

@@ -64,7 +64,11 @@ class Manager:
         handlers |= {name: ocp.JsonCheckpointHandler() for name in ("meta", "tokenizer")}
         registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
         for name, handler in handlers.items():
-            kinds = (ocp.args.JsonSave, ocp.args.JsonRestore) if name in ("meta", "tokenizer") else (ocp.args.StandardSave, ocp.args.StandardRestore)
+            kinds = (
+                (ocp.args.JsonSave, ocp.args.JsonRestore)
+                if name in ("meta", "tokenizer")
+                else (ocp.args.StandardSave, ocp.args.StandardRestore)
+            )
             for kind in kinds:
                 registry.add(name, kind, handler)
         self.folder = run / RUN_SUBFOLDER
@@ -148,7 +152,13 @@ def find(path: str | pathlib.Path) -> _Found:
 
 
 def load(
-    path: str | pathlib.Path, mesh: Any = None, *, precision: str | None = None, stacked: bool = True, aligned: bool = True, remat: str = "none"
+    path: str | pathlib.Path,
+    mesh: Any = None,
+    *,
+    precision: str | None = None,
+    stacked: bool = True,
+    aligned: bool = True,
+    remat: str = "none",
 ) -> Loaded:
     """Return a checkpoint's model, config and tokenizer.
 

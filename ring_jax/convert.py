@@ -79,7 +79,11 @@ def sources(model: Ring) -> dict[str, list[tuple[tuple[int, ...], Source]]]:
                     add(path, (group, position), block_names(rest, run.ffn, layer), variable)
         elif keys[0] == "mtp":
             layer, rest = config.num_layers + int(keys[1]), ".".join(keys[2:])
-            names = block_names(rest[len("block.") :], "moe", layer) if keys[2] == "block" else tuple(f"model.layers.{layer}.{n}" for n in MTP[rest])
+            names = (
+                block_names(rest[len("block.") :], "moe", layer)
+                if keys[2] == "block"
+                else tuple(f"model.layers.{layer}.{n}" for n in MTP[rest])
+            )
             add(path, (), names, variable)
         else:
             add(path, (), TOP[path], variable)
@@ -105,8 +109,9 @@ class Tensors:
             except (SafetensorError, OSError) as error:
                 raise ValueError(f"{folder / name} cannot be read as safetensors: {error}") from None
 
-    def keys(self) -> set[str]:
-        """Return the names."""
+    @property
+    def names(self) -> set[str]:
+        """The names of all tensors."""
         return set(self._files)
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -131,10 +136,10 @@ def _expert_names(source: Source, name: str) -> list[str]:
 
 
 def _check(tensors: Tensors, wanted: dict[str, tuple[int, ...]], folder: pathlib.Path) -> None:
-    problems = [f"missing {name} {list(shape)}" for name, shape in wanted.items() if name not in tensors.keys()]
-    problems += [f"unexpected {name}" for name in sorted(tensors.keys() - wanted.keys())]
+    problems = [f"missing {name} {list(shape)}" for name, shape in wanted.items() if name not in tensors.names]
+    problems += [f"unexpected {name}" for name in sorted(tensors.names - wanted.keys())]
     for name, shape in wanted.items():
-        if name in tensors.keys() and tensors.shape(name) != shape:
+        if name in tensors.names and tensors.shape(name) != shape:
             problems.append(f"{name} is {list(tensors.shape(name))}, not {list(shape)}")
     if problems:
         shown = "; ".join(problems[:20]) + (f"; and {len(problems) - 20} more" if len(problems) > 20 else "")

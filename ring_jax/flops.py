@@ -20,7 +20,9 @@ def _ffn_params(config: ModelConfig, ffn: str, experts: int) -> int:
 
 def _layers_params(config: ModelConfig, experts: int) -> int:
     layers = range(config.num_layers)
-    total = sum(_mixer_params(config, config.mixer(i)) + _ffn_params(config, config.ffn(i), experts) + 2 * config.hidden_size for i in layers)
+    total = sum(
+        _mixer_params(config, config.mixer(i)) + _ffn_params(config, config.ffn(i), experts) + 2 * config.hidden_size for i in layers
+    )
     per_mtp = _mixer_params(config, "softmax") + _ffn_params(config, "moe", experts) + (5 + 2 * config.hidden_size) * config.hidden_size
     return total + config.num_mtp_layers * per_mtp + config.hidden_size
 

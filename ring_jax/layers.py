@@ -82,9 +82,7 @@ class Rotary(nnx.Module):
         return self.cos[...][positions], self.sin[...][positions]
 
 
-def rotate(
-    x: Float[Array, "*rows H K"], cos: Float[Array, "*rows half"], sin: Float[Array, "*rows half"]
-) -> Float[Array, "*rows H K"]:
+def rotate(x: Float[Array, "*rows H K"], cos: Float[Array, "*rows half"], sin: Float[Array, "*rows half"]) -> Float[Array, "*rows H K"]:
     """Return x with its first 2 half channels rotated in pairs (j, j + half), in fp32; the rest passes through."""
     half = cos.shape[-1]
     cos, sin = cos[..., None, :], sin[..., None, :]

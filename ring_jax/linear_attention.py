@@ -55,21 +55,26 @@ class LinearAttention(nnx.Module):
         o = name(self.numerics.by_rows(self.gated_norm, o, gate, weights=[self.group_norm[...]]), "gated")
         return name(matmul(o, self.out[...], **ops), "mixer_out"), cache
 
-    def gated_norm(
-        self, o: Float[Array, "*rows D"], gate: Float[Array, "*rows D"], weight: Float[Array, " D"]
-    ) -> Float[Array, "*rows D"]:
+    def gated_norm(self, o: Float[Array, "*rows D"], gate: Float[Array, "*rows D"], weight: Float[Array, " D"]) -> Float[Array, "*rows D"]:
         """Return groupnorm(o) * sigmoid(gate); the gate is not normalised."""
         o = rms_norm(o, weight, self.config.norm_eps, self.numerics.dtype, self.config.num_norm_groups)
         return (o.astype(jnp.float32) * jax.nn.sigmoid(gate.astype(jnp.float32))).astype(o.dtype)
 
     def attend(
-        self, q: Float[Array, "B T H K"], k: Float[Array, "B T H K"], v: Float[Array, "B T H V"], place: Placement, cache: LinearCache | None
+        self,
+        q: Float[Array, "B T H K"],
+        k: Float[Array, "B T H K"],
+        v: Float[Array, "B T H V"],
+        place: Placement,
+        cache: LinearCache | None,
     ) -> tuple[Float[Array, "B T H V"], LinearCache | None]:
         """Return Lightning attention: whole documents without a cache, else a decode step (T = 1) or a piece of a prompt."""
         decay, chunk, ops = self.log_decay[...], self.config.chunk_size, self.numerics.ops
         if cache is None:
             return lightning_attention(q, k, v, decay, reset=place.reset, chunk_size=chunk, **ops)[0], None
-        assert place.length is not None and place.first is not None and place.count is not None
+        assert place.length is not None
+        assert place.first is not None
+        assert place.count is not None
         offset = place.length % chunk  # rows of the open chunk that are in the buffers
         if q.shape[1] == 1:
             live = place.valid[:, 0]
@@ -91,7 +96,11 @@ class LinearAttention(nnx.Module):
         o = jnp.take_along_axis(o, jnp.clip(column, 0, num_rows - 1)[..., None, None], axis=1)
         rows = (total // chunk * chunk)[:, None] + jnp.arange(chunk)
         tail = lambda x: jnp.moveaxis(
-            jnp.where((rows < total[:, None])[..., None, None], jnp.take_along_axis(x, jnp.minimum(rows, num_rows - 1)[..., None, None], axis=1), 0),
+            jnp.where(
+                (rows < total[:, None])[..., None, None],
+                jnp.take_along_axis(x, jnp.minimum(rows, num_rows - 1)[..., None, None], axis=1),
+                0,
+            ),
             1,
             2,
         )

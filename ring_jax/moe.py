@@ -44,9 +44,7 @@ class MoE(nnx.Module):
         y = name(self.numerics.by_rows(_combine, slots, weights), "experts")
         return (y + name(self.shared(x), "shared") if self.config.num_shared_experts else y), stats
 
-    def route(
-        self, x: Float[Array, "B T D"], valid: Bool[Array, "B T"]
-    ) -> tuple[Int[Array, "B T A"], Float[Array, "B T A"], RouterStats]:
+    def route(self, x: Float[Array, "B T D"], valid: Bool[Array, "B T"]) -> tuple[Int[Array, "B T A"], Float[Array, "B T A"], RouterStats]:
         """Return each token's experts (E for padding) and their weights: sigmoid scores, selected with the bias, weighed without."""
         config = self.config
         logits = name(matmul(x.astype(jnp.float32), self.router[...], **self.numerics.ops), "router")

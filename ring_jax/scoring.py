@@ -33,7 +33,7 @@ class LossStats(NamedTuple):
 
 
 def _next(x: jax.Array) -> jax.Array:
-    """x one position earlier. The last column wraps around: it is masked, never sliced off, so that row tiles keep their shapes."""
+    """X one position earlier. The last column wraps around: it is masked, never sliced off, so that row tiles keep their shapes."""
     return jnp.roll(x, -1, axis=1)
 
 

@@ -86,7 +86,9 @@ def has_accelerator() -> bool:
 
     if any(pathlib.Path("/dev").glob("nvidia[0-9]*")) and importlib.util.find_spec("jax_cuda13_plugin"):
         return True
-    return any(pathlib.Path("/dev").glob("accel*")) or (any(pathlib.Path("/dev/vfio").glob("[0-9]*")) and importlib.util.find_spec("libtpu") is not None)
+    return any(pathlib.Path("/dev").glob("accel*")) or (
+        any(pathlib.Path("/dev/vfio").glob("[0-9]*")) and importlib.util.find_spec("libtpu") is not None
+    )
 
 
 def make_mesh(sizes: dict[str, int]) -> Mesh:

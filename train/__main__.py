@@ -20,9 +20,14 @@ def main(arguments: list[str] | None = None) -> int:
     folder = loop.run_folder(config)
     if ended.signal is not None:
         resume = " ".join([a for a in arguments if a not in ("--resume", "--overwrite")] + ["--resume"])
-        print(f"{signal.Signals(ended.signal).name}: saved step {ended.step}; continue with: python -m ring_jax.train {resume}", file=sys.stderr)
+        print(
+            f"{signal.Signals(ended.signal).name}: saved step {ended.step}; continue with: python -m ring_jax.train {resume}",
+            file=sys.stderr,
+        )
         return 0
-    print(f"done: {folder} (loss.png shows the curve). Next: python -m ring_jax.infer --checkpoint {folder} --prompt 'def '", file=sys.stderr)
+    print(
+        f"done: {folder} (loss.png shows the curve). Next: python -m ring_jax.infer --checkpoint {folder} --prompt 'def '", file=sys.stderr
+    )
     return 0
 
 

@@ -147,13 +147,17 @@ def _add_fields(parser: Any, cls: type, prefix: str, shown: bool) -> None:
             group = parser.add_argument_group(f"{field.name}: {kind.__doc__.splitlines()[0]}")
             _add_fields(group, kind, f"{field.name}.", True)
         elif field.name == "data" and not prefix:
-            parser.add_argument(flag, dest="data", nargs="+", metavar="PATH[:WEIGHT]", default=argparse.SUPPRESS, help=_doc(cls, field.name))
+            parser.add_argument(
+                flag, dest="data", nargs="+", metavar="PATH[:WEIGHT]", default=argparse.SUPPRESS, help=_doc(cls, field.name)
+            )
         elif kind is bool and not prefix:
             parser.add_argument(flag, dest=field.name, action="store_true", default=argparse.SUPPRESS, help=_doc(cls, field.name))
         elif (read := _parser_of(kind)) is not None:
             default = "" if field.default in (None, dataclasses.MISSING) else f" (default {field.default})"
             help_text = _doc(cls, field.name) + default if shown else argparse.SUPPRESS
-            parser.add_argument(flag, dest=prefix + field.name, type=read, metavar=field.name.upper(), default=argparse.SUPPRESS, help=help_text)
+            parser.add_argument(
+                flag, dest=prefix + field.name, type=read, metavar=field.name.upper(), default=argparse.SUPPRESS, help=help_text
+            )
 
 
 def parse_args(arguments: list[str]) -> tuple[TrainConfig, ModelConfig, bool]:

@@ -45,7 +45,9 @@ def prepare_folder(config: TrainConfig) -> pathlib.Path:
         if config.overwrite:
             shutil.rmtree(folder)
         elif not config.resume:
-            raise ValueError(f"output folder {folder} exists: continue it with --resume, replace it with --overwrite, or name another --output")
+            raise ValueError(
+                f"output folder {folder} exists: continue it with --resume, replace it with --overwrite, or name another --output"
+            )
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 
@@ -71,7 +73,7 @@ def train(config: TrainConfig, model: ModelConfig, vocab_given: bool) -> Interru
     sharding.check_mesh(sizes, model, config.batch_size // config.optimizer.accumulate)
     if config.seq_len > model.num_positions:
         raise ValueError(
-            f"seq-len {config.seq_len} exceeds the {model.num_positions} positions of the model: extend them with --model.max_positions or YaRN"
+            f"seq-len {config.seq_len} exceeds the {model.num_positions} positions of the model: --model.max_positions or YaRN extends them"
         )
     if said := sharding.prepare_devices(sizes):
         print(said, file=sys.stderr)
@@ -138,7 +140,14 @@ class _Run:
     """The moving parts of a run."""
 
     def __init__(
-        self, config: TrainConfig, model: ModelConfig, data: Data, program: Program, manager: checkpoint.Manager, folder: pathlib.Path, start: int
+        self,
+        config: TrainConfig,
+        model: ModelConfig,
+        data: Data,
+        program: Program,
+        manager: checkpoint.Manager,
+        folder: pathlib.Path,
+        start: int,
     ):
         self.config, self.model, self.data, self.program, self.manager, self.start = config, model, data, program, manager, start
         self.metrics, self.progress = Metrics(folder, start), Progress(start, config.steps)
@@ -202,8 +211,8 @@ class _Run:
             self.progress.say(f"step {step}: the loss or a gradient is not finite; step skipped ({int(metrics.skipped_in_a_row)} in a row)")
         if metrics.skipped_in_a_row >= MOST_SKIPPED:
             raise ValueError(
-                f"stopped at step {step}: {MOST_SKIPPED} steps in a row without a finite loss and gradient; lower --optimizer.learning_rate "
-                "or --optimizer.clip, or look at the data (the checkpoints hold no such step)"
+                f"stopped at step {step}: {MOST_SKIPPED} steps in a row without a finite loss and gradient; lower "
+                "--optimizer.learning_rate or --optimizer.clip, or look at the data (the checkpoints hold no such step)"
             )
 
     def _evaluate(self, step: int, state: TrainState) -> None:

@@ -111,7 +111,9 @@ class Progress:
         if now - self._last >= PLAIN_LINE_SECONDS or step == self._steps:
             self._last = now
             left = (now - self._started) / max(step - self._start_step, 1) * (self._steps - step)
-            print(f"step {step}/{self._steps}  loss {loss:.3f}  {tokens_per_second:,.0f} tokens/s  {left / 60:.1f} min left", file=sys.stderr)
+            print(
+                f"step {step}/{self._steps}  loss {loss:.3f}  {tokens_per_second:,.0f} tokens/s  {left / 60:.1f} min left", file=sys.stderr
+            )
 
     def say(self, line: str) -> None:
         """Print a line beside the bar."""

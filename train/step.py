@@ -58,7 +58,9 @@ class Program(NamedTuple):
     batch_sharding: Any
 
 
-def make_program(config: ModelConfig, how: Numerics, optimizer_config: OptimizerConfig, steps: int, seed: int, mesh: Mesh | None) -> Program:
+def make_program(
+    config: ModelConfig, how: Numerics, optimizer_config: OptimizerConfig, steps: int, seed: int, mesh: Mesh | None
+) -> Program:
     """Return the programs of a training run; nothing is computed yet."""
     optimizer, rate = make_optimizer(optimizer_config, steps), schedule(optimizer_config, steps)
 

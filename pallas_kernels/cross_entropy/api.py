@@ -10,7 +10,12 @@ LOGITS_IMPLEMENTATIONS = {"xla": xla.head_logits}
 
 
 def token_logprobs(
-    hidden: Float[Array, "N D"], w: Float[Array, "D vocab"], targets: Int[Array, " N"], *, aligned: bool = False, implementation: str = "auto"
+    hidden: Float[Array, "N D"],
+    w: Float[Array, "D vocab"],
+    targets: Int[Array, " N"],
+    *,
+    aligned: bool = False,
+    implementation: str = "auto",
 ) -> tuple[Float[Array, " N"], Float[Array, " N"]]:
     """Return the log-probability of each row's target and the log-sum-exp of its logits, fp32.
 

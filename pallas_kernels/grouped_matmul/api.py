@@ -1,9 +1,9 @@
 """The grouped product and the moves of rows around it: their implementations behind one signature.
 
-    groups = group_rows(expert_ids.reshape(-1), num_experts, row_tile)      # where each (token, slot) goes
-    rows = gather_groups(x, groups, num_slots)                             # tokens -> rows sorted by expert, in whole tiles
-    rows = grouped_matmul(rows, w, groups.tiles, row_tile=row_tile)
-    slots = scatter_groups(rows, groups)                                   # back to the order of expert_ids
+groups = group_rows(expert_ids.reshape(-1), num_experts, row_tile)      # where each (token, slot) goes
+rows = gather_groups(x, groups, num_slots)                             # tokens -> rows sorted by expert, in whole tiles
+rows = grouped_matmul(rows, w, groups.tiles, row_tile=row_tile)
+slots = scatter_groups(rows, groups)                                   # back to the order of expert_ids
 """
 
 from typing import NamedTuple

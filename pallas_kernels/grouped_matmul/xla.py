@@ -7,7 +7,6 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.compat import dot_general
-from pallas_kernels.grouped_matmul import tile
 
 
 def _for_each_group(tiles: jax.Array, body, init):
@@ -23,6 +22,7 @@ def _rows(x: jax.Array, index: jax.Array, row_tile: int) -> jax.Array:
 
 def _products(x, w, tiles, row_tile, contract):
     """Each tile of x times its group's matrix (contracting its axis `contract`), as the dtype of x."""
+
     def group(index, first, end, out):
         matrix = lax.dynamic_index_in_dim(w, index, keepdims=False)
 

@@ -1,6 +1,6 @@
 """The recurrence of Lightning attention (arXiv 2510.19338, section 2; arXiv 2401.04658):
 
-    S_t = exp(g) S_{t-1} + k_t^T v_t        o_t = K**-0.5 q_t S_t
+S_t = exp(g) S_{t-1} + k_t^T v_t        o_t = K**-0.5 q_t S_t
 """
 
 import jax

@@ -1,0 +1,43 @@
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+GATES_VENV ?= .venv-gates
+JOBS ?= 2
+
+.PHONY: help env demo test test-slow gates lint bench clean
+
+help:  ## what there is
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
+
+env: $(VENV)/.made  ## the environment: make env PYTHON=python3.12 VENV=.venv312 for another
+
+$(VENV)/.made: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	touch $@
+
+demo: env  ## train a small hybrid on real text, draw the loss, generate from it
+	$(BIN)/python -m ring_jax.train --output runs/demo --overwrite --precision fp32
+	$(BIN)/python -m ring_jax.infer --checkpoint runs/demo --prompt 'def __init__(self, ' --max-tokens 160
+	@echo 'The loss curve: runs/demo/loss.png'
+
+test: env  ## the test suite
+	$(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile
+
+test-slow: env  ## the tests that take minutes
+	$(BIN)/python -m pytest -q -m slow
+
+gates: env  ## the long gates
+	$(BIN)/python -m ring_jax.infer align --checkpoint tests/golden/periodic --tokens 256
+	$(BIN)/python -m ring_jax.infer align --checkpoint tests/golden/trailing --tokens 256 --precision bf16
+
+lint: env  ## ruff and pyright
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+bench: env  ## training, prefill and decode on this machine, beside mlx-lm
+	$(BIN)/python -m ring_jax.infer.bench
+
+clean:  ## remove what was built
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
