@@ -37,7 +37,7 @@ lint: env  ## ruff and pyright
 	$(BIN)/pyright
 
 bench: env  ## training, prefill and decode on this machine, beside mlx-lm
-	$(BIN)/python -m ring_jax.infer.bench
+	$(BIN)/python -m ring_jax.train.bench
 
 clean:  ## remove what was built
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

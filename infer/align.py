@@ -25,7 +25,7 @@ from ring_jax.infer.generate import bucket
 from ring_jax.infer.taps import Tap, tapped
 from ring_jax.model import Ring
 from ring_jax.numerics import Numerics, name
-from ring_jax.scoring import Batch
+from ring_jax.scoring import Batch, host_batch
 
 Documents = list[list[int]]
 DECODE_BATCHES = (1, 64)
@@ -71,7 +71,7 @@ def pad(documents: Documents, left: bool = False) -> Batch:
     for row, document in enumerate(documents):
         at = slice(width - len(document), width) if left else slice(0, len(document))
         tokens[row, at], positions[row, at] = document, np.arange(len(document))
-    return Batch(tokens, positions, (positions >= 0).astype(np.int32))
+    return host_batch(tokens, positions)
 
 
 def pack(documents: Documents) -> tuple[Batch, list[tuple[int, int]]]:
@@ -84,7 +84,7 @@ def pack(documents: Documents) -> tuple[Batch, list[tuple[int, int]]]:
     for index, (start, document) in enumerate(zip(starts, documents, strict=True)):
         span = slice(start, start + len(document))
         tokens[0, span], positions[0, span], segments[0, span] = document, np.arange(len(document)), index + 1
-    return Batch(tokens, positions, segments), [(0, start) for start in starts]
+    return host_batch(tokens, positions, segments), [(0, start) for start in starts]
 
 
 def _cut(rows: np.ndarray, documents: Documents, starts: Sequence[tuple[int, int]] | None = None) -> list[np.ndarray]:

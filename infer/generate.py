@@ -65,15 +65,15 @@ class Decoder:
             tokens = sample(logits, positions, sampling)
             return tokens, jnp.take_along_axis(logits, tokens[:, None], axis=1)[:, 0] - total
 
-        def step(leaves, tokens, positions, cache, sampling):
-            output = self._merge(leaves)(tokens[:, None], positions[:, None], cache)
+        def step(leaves, tokens, positions, cache, sampling, may_fold):
+            output = self._merge(leaves)(tokens[:, None], positions[:, None], cache, may_fold=may_fold)
             after = jnp.where(positions >= 0, positions + 1, -1)
             tokens, logprobs = choose(leaves, output.hidden[:, 0], after, sampling)
             return tokens, logprobs, after, output.cache
 
         self._piece = numerics.jit(piece, model.numerics, donate_argnums=3)
         self._choose = numerics.jit(choose, model.numerics, static_argnums=3)
-        self._step = numerics.jit(step, model.numerics, static_argnums=4, donate_argnums=3)
+        self._step = numerics.jit(step, model.numerics, static_argnums=(4, 5), donate_argnums=3)
 
     def _merge(self, leaves: Sequence[Any]) -> Ring:
         return nnx.merge(self._graph, jax.tree.unflatten(self._structure, leaves))
@@ -100,14 +100,15 @@ class Decoder:
             cache, hidden = self._piece(self._leaves, tokens, positions, cache, hidden)
         return cache, hidden
 
-    def first_tokens(self, hidden: Any, positions: Sequence[int], sampling: Sampling) -> Step:
+    def first_tokens(self, hidden: Any, positions: Sequence[int] | np.ndarray, sampling: Sampling) -> Step:
         """Return the tokens at these positions, after the hidden states of the tokens before."""
         tokens, logprobs = self._choose(self._leaves, hidden, np.asarray(positions, np.int32), sampling)
         return Step(np.asarray(tokens), np.asarray(logprobs))
 
     def step(self, tokens: np.ndarray, positions: np.ndarray, cache: Cache, sampling: Sampling) -> tuple[Step, Cache]:
         """Return the tokens after these ones, at positions one further, and the cache; a slot with position -1 rests."""
-        tokens, logprobs, _, cache = self._step(self._leaves, tokens, positions, cache, sampling)
+        may_fold = bool(((positions + 1) % self.model.config.chunk_size == 0).any())
+        tokens, logprobs, _, cache = self._step(self._leaves, tokens, positions, cache, sampling, may_fold)
         return Step(np.asarray(tokens), np.asarray(logprobs)), cache
 
 

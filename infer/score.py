@@ -37,7 +37,7 @@ class Scorer:
         tokens, positions = np.zeros(shape, np.int32), np.full(shape, -1, np.int32)
         for i, row in enumerate(rows):
             tokens[i, : len(row)], positions[i, : len(row)] = row, np.arange(len(row))
-        batch = scoring.Batch(tokens, positions, (positions >= 0).astype(np.int32))
+        batch = scoring.host_batch(tokens, positions)
         logprobs = np.asarray(self._program(*self._state, batch))
         return [logprobs[i, : len(row)] for i, row in enumerate(rows)]
 

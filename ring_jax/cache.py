@@ -50,10 +50,11 @@ class Placement(NamedTuple):
     sin: Float[Array, "B T half"]
     start: Int[Array, "B T"]
     stop: Int[Array, "B T"]
-    reset: Bool[Array, "B chunks"] | None = None
-    length: Int[Array, " B"] | None = None
-    first: Int[Array, " B"] | None = None
-    count: Int[Array, " B"] | None = None
+    reset: Bool[Array, "B chunks"] | None
+    length: Int[Array, " B"]
+    first: Int[Array, " B"]
+    count: Int[Array, " B"]
+    may_fold: bool = True
 
 
 def place(
@@ -61,14 +62,14 @@ def place(
 ) -> Placement:
     """Return the placement of tokens at these positions [B, T]; padding has a negative position or segment 0."""
     valid = positions >= 0 if segment_ids is None else (positions >= 0) & (segment_ids > 0)
+    count, first = valid.sum(1).astype(jnp.int32), jnp.argmax(valid, axis=1)
     if cache is None:
         index = jnp.arange(positions.shape[1])
         start, stop = index - positions, jnp.broadcast_to(index + 1, positions.shape)  # positions restart at a document's first token
         bounds = jnp.where(valid, start, 0), jnp.where(valid, stop, 0)
-        return Placement(positions, valid, cos, sin, *bounds, reset=positions[:, ::chunk] == 0)
+        return Placement(positions, valid, cos, sin, *bounds, positions[:, ::chunk] == 0, jnp.zeros_like(count), first, count)
     start, stop = jnp.zeros_like(positions), jnp.where(valid, positions + 1, 0)
-    count = valid.sum(1).astype(jnp.int32)
-    return Placement(positions, valid, cos, sin, start, stop, None, cache.length, jnp.argmax(valid, axis=1), count)
+    return Placement(positions, valid, cos, sin, start, stop, None, cache.length, first, count)
 
 
 def linear_cache(config: ModelConfig, layers: tuple[int, ...], batch: int, dtype: str) -> LinearCache:

@@ -4,15 +4,21 @@ A run folder holds `checkpoints/STEP/`, each whole by itself: `params`, `balance
 and training config) and `tokenizer`. Orbax writes a step under a temporary name and renames it, so a step is whole or absent.
 """
 
+import contextlib
 import json
+import logging
+import os
 import pathlib
-from collections.abc import Mapping
+import re
+import sys
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import absl.logging
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+import tensorstore
 from flax import nnx
 
 from ring_jax import convert, scoring, sharding
@@ -21,7 +27,7 @@ from ring_jax.model import Ring
 from ring_jax.numerics import DTYPES, Numerics, round_weights
 from ring_jax.tokenizer import Tokenizer
 
-absl.logging.set_verbosity(absl.logging.ERROR)  # orbax tells of each default it fills in
+absl.logging.set_verbosity(absl.logging.FATAL)  # orbax tells of each default it fills in, and of each error that it also raises
 
 ARRAYS = ("params", "balance", "optimizer")
 RUN_SUBFOLDER = "checkpoints"
@@ -48,6 +54,46 @@ def from_paths(like: Any, arrays: Mapping[str, Any]) -> Any:
     return jax.tree.unflatten(jax.tree.structure(like), [arrays[path] for path in wanted])
 
 
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+
+
+def _drop_late_errors(report: Any = sys.unraisablehook) -> None:
+    """Keep quiet about reads and writes that end after another has failed: each prints a stack trace, and the first error is raised."""
+
+    def is_late(error: Any) -> bool:
+        return str(error) == "Event loop is closed" or "ocdbt" in str(error).lower()
+
+    sys.unraisablehook = lambda unraisable: None if is_late(unraisable.exc_value) else report(unraisable)
+    logging.getLogger("asyncio").addFilter(lambda record: not (record.exc_info and is_late(record.exc_info[1])))
+
+
+_drop_late_errors()
+
+
+def _damage(folder: pathlib.Path) -> list[str]:
+    """What cannot be read of a checkpoint's folder: files that should be JSON, and arrays."""
+    found = []
+    for file in sorted(file for pattern in ("_METADATA", "_sharding", "metadata", "array_metadatas/*") for file in folder.glob(f"*/{pattern}")):
+        try:
+            json.loads(file.read_text(encoding="utf-8"))
+        except ValueError:
+            found.append(f"{file.relative_to(folder)} is not JSON")
+    for item in ARRAYS:
+        database = {"driver": "ocdbt", "base": f"file://{folder.absolute() / item}/"}
+        try:
+            keys = sorted(key.decode() for key in tensorstore.KvStore.open(database).result().list().result())
+        except ValueError:
+            found.append(f"the list of arrays of {item} cannot be read")
+            continue
+        for array in (key.removesuffix("/.zarray") for key in keys if key.endswith("/.zarray")):
+            try:
+                tensorstore.open({"driver": "zarr", "kvstore": {**database, "path": f"{array}/"}}).result().read().result()
+            except ValueError:
+                found.append(f"{item} {array} cannot be read whole")
+    return found
+
+
 class Manager:
     """The checkpoints of a run: saved in the background, the last few and every n-th kept."""
 
@@ -71,7 +117,7 @@ class Manager:
             )
             for kind in kinds:
                 registry.add(name, kind, handler)
-        self.folder = run / RUN_SUBFOLDER
+        self.folder, self._saving = run / RUN_SUBFOLDER, 0
         self._manager = ocp.CheckpointManager(self.folder.absolute(), options=options, handler_registry=registry)
 
     def latest(self) -> int | None:
@@ -79,16 +125,30 @@ class Manager:
         return self._manager.latest_step()
 
     def save(self, step: int, *, params: Any, balance: Any, optimizer: Any, meta: dict[str, Any], tokenizer: str | None) -> None:
-        """Start saving; returns once the arrays are copied. Raises OSError (this or the next call) when an earlier save failed."""
+        """Start saving; returns once the arrays are copied. Raises ValueError when this save cannot start or the one before failed."""
+        self.wait()
         trees = {"params": params, "balance": balance, "optimizer": optimizer}
         items: dict[str, Any] = {name: ocp.args.StandardSave(by_path(tree)) for name, tree in trees.items()}
         items["meta"] = ocp.args.JsonSave(meta)
         items["tokenizer"] = ocp.args.JsonSave({"json": tokenizer})
-        self._manager.save(step, args=ocp.args.Composite(**items), force=True)
+        self._saving = step
+        with self._named_errors():
+            self._manager.save(step, args=ocp.args.Composite(**items), force=True)
 
     def wait(self) -> None:
-        """Wait until everything is on disk. Raises what the background save raised."""
-        self._manager.wait_until_finished()
+        """Wait until everything is on disk. Raises ValueError naming the checkpoint that could not be written."""
+        with self._named_errors():
+            self._manager.wait_until_finished()
+
+    @contextlib.contextmanager
+    def _named_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except (ValueError, OSError, RuntimeError) as error:
+            code = re.search(r"os_error_code='(\d+)'", str(error))  # tensorstore's errors are long
+            reason = os.strerror(int(code[1])) if code else _first_line(error)
+            checkpoint = self.folder / str(self._saving)
+            raise ValueError(f"checkpoint {checkpoint} could not be written ({reason}); those before it are whole") from error
 
     def close(self) -> None:
         """Release the manager's threads."""
@@ -103,17 +163,20 @@ class Manager:
         return self._restore(step, tokenizer=ocp.args.JsonRestore())["tokenizer"]["json"]
 
     def restore(self, step: int, like: Mapping[str, Any]) -> dict[str, Any]:
-        """Return trees of a step, by name, in the structure and with the shardings of those given (of arrays or ShapeDtypeStructs)."""
-        items = {name: ocp.args.StandardRestore(by_path(tree)) for name, tree in like.items()}
+        """Return trees of a step, by name, in the structure and with the shardings (default: the first device) of those given."""
+        # Without a sharding orbax restores the one it saved, which may ask for devices that are not here.
+        here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        placed = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, "sharding", None) or here)
+        items = {name: ocp.args.StandardRestore(jax.tree.map(placed, by_path(tree))) for name, tree in like.items()}
         restored = self._restore(step, **items)
         return {name: from_paths(tree, restored[name]) for name, tree in like.items()}
 
     def _restore(self, step: int, **items: Any) -> dict[str, Any]:
         try:
             return dict(self._manager.restore(step, args=ocp.args.Composite(**items)).items())
-        except (ValueError, OSError, KeyError, TypeError) as error:
-            first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise ValueError(f"checkpoint {self.folder / str(step)} is damaged or not of this model: {first[:300]}") from error
+        except Exception as error:  # orbax raises nothing narrower for an array that is cut short
+            reason = "; ".join(_damage(self.folder / str(step))) or _first_line(error)
+            raise ValueError(f"checkpoint {self.folder / str(step)} is damaged or not of this model: {reason}") from error
 
 
 class Loaded(NamedTuple):

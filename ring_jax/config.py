@@ -9,6 +9,19 @@ from typing import Any
 
 from pallas_kernels import GRID
 
+_AT_LEAST_ONE = (
+    "vocab_size",
+    "num_layers",
+    "hidden_size",
+    "num_heads",
+    "num_kv_heads",
+    "head_size",
+    "period",
+    "num_norm_groups",
+    "max_positions",
+) + ("num_experts", "num_active_experts", "num_expert_groups", "num_active_expert_groups", "chunk_size")
+_AT_LEAST_ZERO = ("num_dense_layers", "num_shared_experts", "num_mtp_layers", "ffn_size", "expert_size", "shared_expert_size")
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
@@ -54,6 +67,14 @@ class ModelConfig:
     pad_token: int = 0
 
     def __post_init__(self):
+        for names, least in ((_AT_LEAST_ONE, 1), (_AT_LEAST_ZERO, 0)):
+            for name in names:
+                value = getattr(self, name)
+                if not isinstance(value, int) or value < least:
+                    raise ValueError(f"{name} must be a whole number of at least {least}, not {value!r}")
+        factor = dict(self.rope_scaling or {"factor": 1}).get("factor")
+        if not isinstance(factor, int | float) or factor < 1:
+            raise ValueError(f"the factor of rope_scaling must be a number of at least 1, not {factor!r}")
         if GRID % self.chunk_size:
             raise ValueError(f"chunk_size {self.chunk_size} must divide {GRID}")
         if self.num_heads % self.num_kv_heads:
@@ -62,6 +83,10 @@ class ModelConfig:
             raise ValueError(f"num_norm_groups {self.num_norm_groups} must divide {self.num_heads} x {self.head_size} channels")
         if self.num_experts % self.num_expert_groups:
             raise ValueError(f"num_expert_groups {self.num_expert_groups} must divide num_experts {self.num_experts}")
+        if self.num_active_expert_groups > self.num_expert_groups:
+            raise ValueError(
+                f"num_active_expert_groups {self.num_active_expert_groups} is more than num_expert_groups {self.num_expert_groups}"
+            )
         in_groups = self.num_experts // self.num_expert_groups * self.num_active_expert_groups
         if self.num_active_experts > in_groups:
             raise ValueError(f"num_active_experts {self.num_active_experts} is more than the {in_groups} experts of the active groups")
@@ -96,11 +121,14 @@ class ModelConfig:
 
     @classmethod
     def from_json(cls, text: str) -> "ModelConfig":
-        """Return the config of `to_json`'s text. Raises ValueError for a field it does not know."""
-        fields = json.loads(text)
-        unknown = sorted(set(fields) - {field.name for field in dataclasses.fields(cls)})
+        """Return the config of `to_json`'s text. Raises ValueError for fields it does not know or that are missing."""
+        fields, known = json.loads(text), dataclasses.fields(cls)
+        unknown = sorted(set(fields) - {field.name for field in known})
         if unknown:
             raise ValueError(f"unknown model config fields: {', '.join(unknown)}")
+        missing = [field.name for field in known if field.default is dataclasses.MISSING and field.name not in fields]
+        if missing:
+            raise ValueError(f"model config without {', '.join(missing)}")
         if fields.get("rope_scaling") is not None:
             fields["rope_scaling"] = tuple((name, value) for name, value in fields["rope_scaling"])
         fields["stop_tokens"] = tuple(fields.get("stop_tokens", ()))
@@ -260,6 +288,7 @@ def from_hf(fields: Mapping[str, Any], generation: Mapping[str, Any] | None = No
     scaling = fields.get("rope_scaling")
     if scaling and scaling.get("rope_type", scaling.get("type")) not in ("yarn", "default"):
         problems.append(f"rope_scaling {scaling.get('rope_type', scaling.get('type'))!r}, not 'yarn'")
+    problems += [f"rope_scaling with {name}" for name in ("mscale", "mscale_all_dim", "truncate") if name in (scaling or {})]
     if problems:
         raise ValueError(f"config.json of a {HF_MODEL_TYPE} model: {'; '.join(problems)}")
     if scaling and scaling.get("rope_type", scaling.get("type")) == "default":
@@ -296,9 +325,12 @@ def read_hf_config(folder: pathlib.Path) -> ModelConfig:
 
     def read(name: str) -> dict[str, Any]:
         try:
-            return json.loads((folder / name).read_text(encoding="utf-8"))
+            fields = json.loads((folder / name).read_text(encoding="utf-8"))
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise ValueError(f"{folder / name} is not JSON: {error}") from None
+        if not isinstance(fields, dict):
+            raise ValueError(f"{folder / name} is not a JSON object")
+        return fields
 
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder} has no config.json")

@@ -9,7 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 
+from ring_jax.config import to_hf
 from ring_jax.model import Ring
 from ring_jax.numerics import BalanceBias
 
@@ -96,7 +98,10 @@ class Tensors:
     def __init__(self, folder: pathlib.Path):
         index = folder / "model.safetensors.index.json"
         if index.is_file():
-            files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            try:
+                files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise ValueError(f"{index} is not an index of tensors: {error!r}") from None
         else:
             files = sorted(path.name for path in folder.glob("*.safetensors"))
         if not files:
@@ -182,3 +187,23 @@ def read_hf(folder: pathlib.Path, abstract: Ring) -> dict[str, jax.Array]:
 def is_hf_folder(folder: pathlib.Path) -> bool:
     """Return whether a folder looks like a Hugging Face checkpoint."""
     return (folder / "config.json").is_file() and any(folder.glob("*.safetensors*"))
+
+
+def write_hf(model: Ring, folder: pathlib.Path, dtype: str = "float32") -> None:
+    """Write a model that fits in memory as a Hugging Face folder: config.json and one model.safetensors."""
+    variables = _variables(model)
+    tensors: dict[str, np.ndarray] = {}
+    for path, entries in sources(model).items():
+        stacked = np.asarray(variables[path].get_value()).astype(dtype)
+        for at, source in entries:
+            parts = np.split(stacked[at], len(source.tensors), axis=-1)
+            for name, part in zip(source.tensors, parts, strict=True):
+                experts = part if "{e}" in name else [part]
+                for expert, tensor in zip(_expert_names(source, name), experts, strict=True):
+                    tensors[expert] = np.ascontiguousarray(tensor.T if source.transposed else tensor)
+    for name in tensors:
+        if name.endswith("expert_bias"):
+            tensors[name] = tensors[name].astype(np.float32)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps({**to_hf(model.config), "torch_dtype": dtype}, indent=1), encoding="utf-8")

@@ -77,9 +77,10 @@ class Rotary(nnx.Module):
         self.cos, self.sin = Table(jnp.asarray(cos)), Table(jnp.asarray(sin))
 
     def __call__(self, positions: Int[Array, "B T"]) -> tuple[Float[Array, "B T half"], Float[Array, "B T half"]]:
-        """Return cos and sin at the positions; padding (negative positions) reads position 0."""
+        """Return cos and sin at the positions, NaN past the last one; padding (negative positions) reads position 0."""
         positions = jnp.maximum(positions, 0)
-        return self.cos[...][positions], self.sin[...][positions]
+        at = lambda table: table[...].at[positions].get(mode="fill", fill_value=jnp.nan)
+        return at(self.cos), at(self.sin)
 
 
 def rotate(x: Float[Array, "*rows H K"], cos: Float[Array, "*rows half"], sin: Float[Array, "*rows half"]) -> Float[Array, "*rows H K"]:

@@ -72,9 +72,6 @@ class LinearAttention(nnx.Module):
         decay, chunk, ops = self.log_decay[...], self.config.chunk_size, self.numerics.ops
         if cache is None:
             return lightning_attention(q, k, v, decay, reset=place.reset, chunk_size=chunk, **ops)[0], None
-        assert place.length is not None
-        assert place.first is not None
-        assert place.count is not None
         offset = place.length % chunk  # rows of the open chunk that are in the buffers
         if q.shape[1] == 1:
             live = place.valid[:, 0]
@@ -82,7 +79,9 @@ class LinearAttention(nnx.Module):
             key = cache.key.at[slot, :, row].set(k[:, 0], mode="drop")
             value = cache.value.at[slot, :, row].set(v[:, 0], mode="drop")
             o = lightning_attention_step(q[:, 0], cache.state, key, value, decay, offset, **ops)
-            state = fold_full_chunks(cache.state, key, value, decay, row, implementation=self.numerics.implementation)
+            state = cache.state
+            if place.may_fold:
+                state = fold_full_chunks(state, key, value, decay, row, implementation=self.numerics.implementation)
             return o[:, None], LinearCache(state, key, value)
         # A piece of a prompt: put the open chunk's rows and the new ones on the chunk grid again.
         num_rows = -(-(q.shape[1] + chunk - 1) // chunk) * chunk

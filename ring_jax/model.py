@@ -115,13 +115,17 @@ class Ring(nnx.Module):
         positions: Int[Array, "B T"],
         cache: Cache | None = None,
         segment_ids: Int[Array, "B T"] | None = None,
+        *,
+        may_fold: bool = True,
     ) -> RingOutput:
         """Return the hidden states, the cache after the tokens, and the routers' statistics.
 
         Without a cache: whole rows, packed with documents that start at multiples of GRID and whose positions restart at 0. With one:
         T = 1 is a decode step, T > 1 a piece of a prompt that continues each slot; padding has negative positions and changes nothing.
+        A caller who knows that no slot's decode step ends a chunk may say so (may_fold=False) and spare the program the fold.
         """
         place = caches.place(positions, segment_ids, cache, *self.rotary(positions), self.config.chunk_size)
+        place = place._replace(may_fold=may_fold)
         x = name(self.embed(tokens), "embedding")
         layers, router = [], []
         for i, (segment, runs) in enumerate(zip(self.segments, self.pattern, strict=True)):

@@ -1,9 +1,10 @@
 """Log-probabilities of tokens and the training loss: one function for training, evaluation, scoring and RL."""
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
@@ -19,9 +20,15 @@ from ring_jax.numerics import BalanceBias, Numerics, Table, name, round_weights
 class Batch(NamedTuple):
     """Packed rows: segment 0 is padding (position -1), positions restart at 0 with each document."""
 
-    tokens: Int[Array, "B T"]
-    positions: Int[Array, "B T"]
-    segment_ids: Int[Array, "B T"]
+    tokens: Int[Array, "*rows T"]
+    positions: Int[Array, "*rows T"]
+    segment_ids: Int[Array, "*rows T"]
+
+
+def host_batch(tokens: np.ndarray, positions: np.ndarray, segment_ids: np.ndarray | None = None) -> Batch:
+    """Return a batch of host arrays, which the program it is given to puts on its devices; default segment: 1 where not padding."""
+    segment_ids = (positions >= 0).astype(np.int32) if segment_ids is None else segment_ids
+    return Batch(*cast(Any, (tokens, positions, segment_ids)))
 
 
 class LossStats(NamedTuple):
@@ -117,7 +124,8 @@ def _further_loss(model: Ring, batch: Batch, hidden: Float[Array, "B T D"], tota
 
 def split(model: Ring) -> tuple[Any, Any, Any, Any]:
     """Return a model's graph definition, parameters, balancing biases and tables."""
-    return nnx.split(model, nnx.Param, BalanceBias, Table)
+    graph, params, balance, tables = nnx.split(model, nnx.Param, BalanceBias, Table)
+    return graph, params, balance, tables
 
 
 def merge(graph: Any, params: Any, balance: Any, tables: Any, dtype: str) -> Ring:

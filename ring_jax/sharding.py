@@ -10,6 +10,7 @@ cannot depend on how many devices stand beside it, and every collective is one o
 """
 
 import math
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -69,7 +70,7 @@ def prepare_devices(sizes: dict[str, int]) -> str | None:
     wanted = math.prod(sizes.values())
     if wanted == 1:
         return None
-    platforms = jax.config.jax_platforms or ""
+    platforms = os.environ.get("JAX_PLATFORMS", "")
     if platforms in ("", "cpu") and not has_accelerator():
         jax.config.update("jax_num_cpu_devices", wanted)
         if jax.device_count() >= wanted:

@@ -1,5 +1,6 @@
 """The training command: python -m ring_jax.train."""
 
+import shlex
 import signal
 import sys
 
@@ -19,7 +20,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     folder = loop.run_folder(config)
     if ended.signal is not None:
-        resume = " ".join([a for a in arguments if a not in ("--resume", "--overwrite")] + ["--resume"])
+        resume = shlex.join([a for a in arguments if a not in ("--resume", "--overwrite")] + ["--resume"])
         print(
             f"{signal.Signals(ended.signal).name}: saved step {ended.step}; continue with: python -m ring_jax.train {resume}",
             file=sys.stderr,

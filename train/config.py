@@ -2,11 +2,19 @@
 
 import argparse
 import dataclasses
+import math
 import types
 import typing
 from typing import Any
 
 from ring_jax.config import PRESETS, ModelConfig, preset
+
+
+def _check_least(config: Any, section: str, least: dict[str, float]) -> None:
+    """Raise ValueError that names the first field below its least value, or not finite."""
+    for name, value in ((name, getattr(config, name)) for name in least):
+        if value is not None and not least[name] <= value < math.inf:
+            raise ValueError(f"{section}{name if section else name.replace('_', '-')} must be at least {least[name]}, not {value}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,8 +45,8 @@ class OptimizerConfig:
     def __post_init__(self):
         if self.schedule not in ("constant", "cosine", "linear"):
             raise ValueError(f"unknown schedule {self.schedule!r}; known: constant, cosine, linear")
-        if self.accumulate < 1:
-            raise ValueError(f"accumulate must be at least 1, not {self.accumulate}")
+        zero_or_more = ("learning_rate", "final_fraction", "warmup", "weight_decay", "clip", "balance_rate", "z_loss", "mtp_weight")
+        _check_least(self, "optimizer.", {"accumulate": 1, **dict.fromkeys(zero_or_more, 0)})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -51,6 +59,9 @@ class CheckpointConfig:
     keep_every: int | None = None
     """Also keep every checkpoint whose step is a multiple of this."""
 
+    def __post_init__(self):
+        _check_least(self, "checkpoint.", {"every": 1, "keep_last": 1, "keep_every": 1})
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EvalConfig:
@@ -62,6 +73,9 @@ class EvalConfig:
     """Batches of held-out text an evaluation reads (at most; the same ones each time)."""
     fraction: float = 0.01
     """Share of the documents held out."""
+
+    def __post_init__(self):
+        _check_least(self, "eval.", {"every": 0, "batches": 0, "fraction": 0})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -101,9 +115,11 @@ class TrainConfig:
         for name, known in (("precision", ("bf16", "fp32")), ("numerics", ("fast", "aligned")), ("remat", ("none", "mixers", "full"))):
             if getattr(self, name) not in known:
                 raise ValueError(f"unknown {name} {getattr(self, name)!r}; known: {', '.join(known)}")
-        for name in ("steps", "batch_size", "seq_len"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}")
+        _check_least(self, "", {"steps": 1, "batch_size": 1, "seq_len": 1, "seed": 0})
+        if self.seed >= 1 << 32:
+            raise ValueError(f"seed must be below {1 << 32}, not {self.seed}")
+        if self.resume and self.overwrite:
+            raise ValueError("--resume continues the output folder, --overwrite replaces it: give one of them")
         if self.batch_size % self.optimizer.accumulate:
             raise ValueError(f"accumulate {self.optimizer.accumulate} does not divide the batch size {self.batch_size}")
 

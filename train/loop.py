@@ -1,5 +1,6 @@
 """A training run: data, steps, evaluation, checkpoints, interrupts; resumed runs continue bit for bit."""
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -38,24 +39,24 @@ def run_folder(config: TrainConfig) -> pathlib.Path:
     return pathlib.Path(config.output or f"runs/{config.model}")
 
 
-def prepare_folder(config: TrainConfig) -> pathlib.Path:
-    """Return the run folder, made. Raises ValueError rather than touch an existing one without being told to."""
+def check_folder(config: TrainConfig) -> pathlib.Path:
+    """Return the run folder, untouched. Raises ValueError if it exists and may be neither continued nor replaced."""
     folder = run_folder(config)
-    if folder.exists() and any(folder.iterdir()) if folder.is_dir() else folder.exists():
-        if config.overwrite:
-            shutil.rmtree(folder)
-        elif not config.resume:
-            raise ValueError(
-                f"output folder {folder} exists: continue it with --resume, replace it with --overwrite, or name another --output"
-            )
-    folder.mkdir(parents=True, exist_ok=True)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"output {folder} is a file: name another --output")
+    if folder.is_dir() and any(folder.iterdir()) and not (config.resume or config.overwrite):
+        raise ValueError(f"output folder {folder} exists: continue it with --resume, replace it with --overwrite, or name another --output")
     return folder
 
 
-def _saved_model(manager: checkpoint.Manager, step: int, model: ModelConfig, folder: pathlib.Path) -> tuple[ModelConfig, str]:
+def _saved_model(
+    manager: checkpoint.Manager, step: int, model: ModelConfig, vocab_given: bool, folder: pathlib.Path
+) -> tuple[ModelConfig, str]:
     """The model and tokenizer of the checkpoint to resume. Raises ValueError if the arguments ask for another model."""
     saved = ModelConfig.from_json(json.dumps(manager.meta(step)["model"]))
-    asked = dataclasses.replace(model, vocab_size=saved.vocab_size)
+    # What the run took from its tokenizer is not in the arguments.
+    vocab_size = model.vocab_size if vocab_given else saved.vocab_size
+    asked = dataclasses.replace(model, vocab_size=vocab_size, stop_tokens=saved.stop_tokens)
     different = [f.name for f in dataclasses.fields(saved) if getattr(saved, f.name) != getattr(asked, f.name)]
     if different:
         changes = ", ".join(f"{name} {getattr(saved, name)} -> {getattr(asked, name)}" for name in different)
@@ -77,11 +78,12 @@ def train(config: TrainConfig, model: ModelConfig, vocab_given: bool) -> Interru
         )
     if said := sharding.prepare_devices(sizes):
         print(said, file=sys.stderr)
-    folder = prepare_folder(config)
-    manager = checkpoint.Manager(folder, keep_last=config.checkpoint.keep_last, keep_every=config.checkpoint.keep_every)
-    start = (manager.latest() or 0) if config.resume else 0
+    folder = check_folder(config)
+    open_manager = lambda: checkpoint.Manager(folder, keep_last=config.checkpoint.keep_last, keep_every=config.checkpoint.keep_every)
+    manager = open_manager() if config.resume and folder.is_dir() else None
+    start = (manager.latest() or 0) if manager else 0
     if start:
-        model, text = _saved_model(manager, start, model, folder)
+        model, text = _saved_model(manager, start, model, vocab_given, folder)
     data = load_data(
         config.data,
         Tokenizer.from_json(text) if start else config.tokenizer,
@@ -90,11 +92,17 @@ def train(config: TrainConfig, model: ModelConfig, vocab_given: bool) -> Interru
         seed=config.seed,
         eval_fraction=config.eval.fraction,
     )
-    model = _fit_vocabulary(model, data, vocab_given or bool(start))
+    if not start:
+        model = _fit_vocabulary(model, data, vocab_given)
     mesh = sharding.make_mesh(sizes) if math.prod(sizes.values()) > 1 else None
     how = Numerics(aligned=config.numerics == "aligned", dtype=DTYPES[config.precision], remat=config.remat)
     program = make_program(model, how, config.optimizer, config.steps, config.seed, mesh)
     state = _restore(manager, start, program) if start else program.init()
+    if manager is None:  # the arguments and the data are good: only now is an old run replaced
+        if config.overwrite:
+            shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        manager = open_manager()
     (folder / "config.json").write_text(json.dumps({"train": dataclasses.asdict(config), "model": dataclasses.asdict(model)}, indent=1))
     (folder / "tokenizer.json").write_text(data.tokenizer.to_json(), encoding="utf-8")
     fill = f"rows {data.fill:.0%} full"
@@ -105,19 +113,22 @@ def train(config: TrainConfig, model: ModelConfig, vocab_given: bool) -> Interru
     )
     run = _Run(config, model, data, program, manager, folder, start)
     try:
-        return run.to_the_end(state)
-    finally:
-        run.close()
+        ended = run.to_the_end(state)
+    except BaseException:
+        with contextlib.suppress(OSError, ValueError):  # on a full disk this fails too: the first error is the one to tell
+            run.close()
+        raise
+    run.close()
+    return ended
 
 
 def _fit_vocabulary(model: ModelConfig, data: Data, fixed: bool) -> ModelConfig:
     """The model with the tokenizer's vocabulary, rounded up so that it shards; unless its size was given."""
     size = data.tokenizer.vocab_size
-    if fixed:
-        if size > model.vocab_size:
-            raise ValueError(f"the tokenizer has {size} tokens, more than the model's vocabulary of {model.vocab_size}")
-        return model
-    return dataclasses.replace(model, vocab_size=-(-size // 128) * 128, stop_tokens=tuple(data.tokenizer.eos_ids))
+    if fixed and size > model.vocab_size:
+        raise ValueError(f"the tokenizer has {size} tokens, more than the model's vocabulary of {model.vocab_size}")
+    fitted = model.vocab_size if fixed else -(-size // 128) * 128
+    return dataclasses.replace(model, vocab_size=fitted, stop_tokens=tuple(data.tokenizer.eos_ids))
 
 
 def _trees(state: TrainState) -> dict[str, Any]:
@@ -242,10 +253,7 @@ class _Run:
             "model": dataclasses.asdict(self.model),
             "train": dataclasses.asdict(self.config),
         }
-        try:
-            self.manager.save(step, **_trees(state), meta=meta, tokenizer=self.data.tokenizer.to_json())
-        except (OSError, ValueError) as error:
-            raise ValueError(f"checkpoint {step} could not be written ({_first_line(error)}); the last good one is kept") from error
+        self.manager.save(step, **_trees(state), meta=meta, tokenizer=self.data.tokenizer.to_json())
 
     def close(self) -> None:
         """Restore the signal handlers and finish the files."""
@@ -254,7 +262,3 @@ class _Run:
         self.progress.close()
         self.metrics.close()
         self.manager.close()
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -30,11 +30,15 @@ class Metrics:
         partial.rename(self.path)
 
     def write(self, step: int, values: dict[str, Any]) -> None:
-        """Add one line, and a scalar each to the TensorBoard events."""
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
-        self._file.flush()
-        for name, value in values.items():
-            if math.isfinite(value):
+        """Add one line, and a scalar each to the TensorBoard events. JSON has no NaN: what is not finite is null."""
+        finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        try:
+            self._file.write(json.dumps({"step": step, **finite}) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise OSError(error.errno, f"{error.strerror}: {self.path}") from error
+        for name, value in finite.items():
+            if value is not None:
                 self._events.add_scalar(name, value, step)
 
     def close(self) -> None:
@@ -63,8 +67,8 @@ def draw_loss(folder: pathlib.Path) -> None:
     import matplotlib.pyplot as plt
 
     lines = read_metrics(folder / "metrics.jsonl")
-    train = [(x["step"], x["loss"], x["gradient_norm"]) for x in lines if math.isfinite(x.get("loss", math.nan))]
-    held_out = [(x["step"], x["eval_loss"]) for x in lines if "eval_loss" in x]
+    train = [(x["step"], x["loss"], x["gradient_norm"]) for x in lines if x.get("loss") is not None]
+    held_out = [(x["step"], x["eval_loss"]) for x in lines if x.get("eval_loss") is not None]
     if not train:
         return
     steps, losses, norms = zip(*train, strict=True)

@@ -46,7 +46,7 @@ class StepMetrics(NamedTuple):
 
 
 class Program(NamedTuple):
-    """A run's compiled programs, its constant tables, and how its state and batches lie on the mesh (None without one)."""
+    """A run's compiled programs, its constant tables, and how its state and batches lie on the mesh."""
 
     graph: Any
     tables: Any
@@ -61,7 +61,7 @@ class Program(NamedTuple):
 def make_program(
     config: ModelConfig, how: Numerics, optimizer_config: OptimizerConfig, steps: int, seed: int, mesh: Mesh | None
 ) -> Program:
-    """Return the programs of a training run; nothing is computed yet."""
+    """Return the programs of a training run (default mesh: one device); no step is computed yet."""
     optimizer, rate = make_optimizer(optimizer_config, steps), schedule(optimizer_config, steps)
 
     def fresh() -> tuple[TrainState, Any]:
@@ -71,11 +71,11 @@ def make_program(
 
     graph, *_ = scoring.split(nnx.eval_shape(lambda: Ring(config, how, rngs=nnx.Rngs(seed))))
     abstract, abstract_tables = jax.eval_shape(fresh)
-    specs = sharding.specs(abstract, mesh) if mesh is not None else None
-    table_specs = sharding.specs(abstract_tables, mesh) if mesh is not None else None
-    place = lambda tree: None if mesh is None else jax.tree.map(lambda s: NamedSharding(mesh, s), tree, is_leaf=lambda x: isinstance(x, P))
-    state_shardings, rows = place(specs), sharding.batch_spec()
+    mesh = mesh or sharding.make_mesh(sharding.parse_mesh("1x1"))
+    specs, table_specs, rows = sharding.specs(abstract, mesh), sharding.specs(abstract_tables, mesh), sharding.batch_spec()
     batch_axes = P(None, *rows) if optimizer_config.accumulate > 1 else rows
+    place = lambda tree: jax.tree.map(lambda s: NamedSharding(mesh, s), tree, is_leaf=lambda x: isinstance(x, P))
+    state_shardings, weights = place(specs), (specs.params, specs.balance, table_specs)
 
     def gradients(params, biases, tables, batch):
         options = {"z_loss": optimizer_config.z_loss, "mtp_weight": optimizer_config.mtp_weight}
@@ -85,10 +85,8 @@ def make_program(
         logprobs, _ = scoring.next_token_logprobs(scoring.merge(graph, params, biases, tables, how.dtype), batch)
         return sharding.sum_over_batch((-logprobs.sum(), scoring.scored(batch).sum().astype(jnp.float32)))
 
-    if specs is not None:
-        weights = (specs.params, specs.balance, table_specs)
-        gradients = sharding.on_mesh(gradients, mesh, (*weights, batch_axes), (P(), P(), specs.params))
-        evaluate = sharding.on_mesh(evaluate, mesh, (*weights, rows), P())
+    gradients = sharding.on_mesh(gradients, mesh, (*weights, batch_axes), (P(), P(), specs.params))
+    evaluate = sharding.on_mesh(evaluate, mesh, (*weights, rows), P())
 
     def step(state: TrainState, tables: Any, batch: Batch) -> tuple[TrainState, StepMetrics]:
         loss, stats, grads = gradients(state.params, state.balance, tables, batch)
@@ -110,22 +108,20 @@ def make_program(
         )
         updates_done = state.step - 1 - (state.skipped - bad)
         metrics = StepMetrics(
-            loss, stats.nll, stats.num_tokens, norm, rate(updates_done), _imbalance(stats.router), state.skipped, state.skipped_in_a_row
+            loss, stats.nll, stats.num_tokens, norm, jnp.asarray(rate(updates_done)), _imbalance(stats.router), state.skipped, state.skipped_in_a_row
         )
         return state, metrics
 
-    with_state = {} if mesh is None else {"out_shardings": (state_shardings, NamedSharding(mesh, P()))}
-    with_init = {} if mesh is None else {"out_shardings": state_shardings}
-    tables = jax.jit(lambda: fresh()[1], **({} if mesh is None else {"out_shardings": place(table_specs)}))()
+    step_shardings = (state_shardings, NamedSharding(mesh, P()))
     return Program(
         graph=graph,
-        tables=tables,
-        init=jax.jit(lambda: fresh()[0], **with_init),
+        tables=jax.jit(lambda: fresh()[1], out_shardings=place(table_specs))(),
+        init=jax.jit(lambda: fresh()[0], out_shardings=state_shardings),
         abstract=abstract,
-        step=numerics.jit(step, how, donate_argnums=0, **with_state),
+        step=numerics.jit(step, how, donate_argnums=0, out_shardings=step_shardings),
         evaluate=numerics.jit(evaluate, how),
         state_shardings=state_shardings,
-        batch_sharding=None if mesh is None else NamedSharding(mesh, batch_axes),
+        batch_sharding=NamedSharding(mesh, batch_axes),
     )
 
 

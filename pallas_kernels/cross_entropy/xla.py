@@ -1,12 +1,13 @@
 """LM head and cross entropy in plain JAX: a loop over tiles of rows, inside it over pieces of the vocabulary; logits are recomputed."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.compat import dot_general
+from pallas_kernels.compat import dot_general, pin
 from pallas_kernels.cross_entropy import tile
 from pallas_kernels.matmul import ROW_TILE, map_row_tiles
 
@@ -45,11 +46,11 @@ def _tile_logprobs(hidden, w, targets):
     def piece(index, carry):
         maximum, total, picked = carry
         columns, first, fresh = _piece(w, index)
-        x = jnp.where(fresh, tile.logits(hidden, columns), -jnp.inf)
+        x = pin(jnp.where(fresh, tile.logits(hidden, columns), -jnp.inf))
         at = targets - first
         here = (at >= 0) & (at < x.shape[1])
         value = jnp.take_along_axis(x, jnp.clip(at, 0, x.shape[1] - 1)[:, None], axis=1)[:, 0]
-        maximum, total = tile.add_piece(maximum, total, x)
+        maximum, total = pin(tile.add_piece(*pin((maximum, total)), x))
         return maximum, total, jnp.where(here & (value > -jnp.inf), value, picked)
 
     zeros = jnp.zeros(hidden.shape[0])
@@ -64,7 +65,8 @@ def _logprobs(hidden, w, targets, row_tile):
 
 
 def _forward(hidden, w, targets, row_tile):
-    logprobs, total = _logprobs(hidden, w, targets, row_tile)
+    result: Any = _logprobs(hidden, w, targets, row_tile)
+    logprobs, total = result
     return (logprobs, total), (hidden, w, targets, total)
 
 
@@ -112,7 +114,7 @@ def head_logits(hidden, w, *, aligned):
             maximum, total, out = carry
             columns, first, fresh = _piece(w, index)
             x = tile.logits(hidden, columns)
-            maximum, total = tile.add_piece(maximum, total, jnp.where(fresh, x, -jnp.inf))
+            maximum, total = pin(tile.add_piece(*pin((maximum, total)), pin(jnp.where(fresh, x, -jnp.inf))))
             return maximum, total, lax.dynamic_update_slice_in_dim(out, x, first, axis=1)
 
         zeros = jnp.zeros(hidden.shape[0])

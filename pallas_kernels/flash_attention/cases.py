@@ -10,7 +10,7 @@ from pallas_kernels import GRID
 
 
 class Case(NamedTuple):
-    """One problem: batch, tokens, query heads, key heads, head size, value size (0: the same); segments packs documents at multiples of GRID."""
+    """One problem: batch, tokens, query heads, key heads, head size, value size (0: K); segments packs documents at multiples of GRID."""
 
     B: int
     T: int

@@ -1,6 +1,7 @@
 """Flash attention in plain JAX: a loop over tiles of query rows, inside it a loop over the key blocks the tile sees."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -111,7 +112,7 @@ def _backward(positions, aligned, residuals, d_out):
             at = lambda x: lax.dynamic_slice_in_dim(x, index * KEY_BLOCK, KEY_BLOCK, axis=1)
             add = lambda total, x: lax.dynamic_update_slice_in_dim(total, at(total) + x, index * KEY_BLOCK, axis=1)
             seen = _seen(start, stop, index)
-            weights = jnp.where(seen, jnp.exp(tile.scores(q, at(k), seen) - log_total[..., None]), 0.0)
+            weights = jnp.where(seen, jnp.exp2(tile.scores(q, at(k), seen) - log_total[..., None]), 0.0)
             d_weights = tile.product("bgrv,bsgv->bgrs", d_out, at(v))
             d_scores = (scale * weights * (d_weights - delta[..., None])).astype(q.dtype)
             dq = dq + tile.product("bgrs,bsgk->bgrk", d_scores, at(k))
@@ -139,4 +140,5 @@ def flash_attention(q, k, v, start, stop, *, aligned):
     padding = -num_tokens % positions
     q = jnp.pad(q, ((0, 0), (0, padding), (0, 0), (0, 0)))
     start, stop = (jnp.pad(x, ((0, 0), (0, padding))) for x in (start, stop))
-    return _flash(q, k, v, start, stop, positions, aligned)[:, :num_tokens]
+    out: Any = _flash(q, k, v, start, stop, positions, aligned)
+    return out[:, :num_tokens]

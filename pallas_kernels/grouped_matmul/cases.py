@@ -15,7 +15,8 @@ class Case(NamedTuple):
     D: int
     F: int
     E: int
-    routing: str = "uniform"  # or "skewed" (half of the rows to one expert), "one" (all to one), "empty" (half of the experts), "some" (a third to none), "none"
+    routing: str = "uniform"
+    """Or "skewed" (half of the rows to one expert), "one" (all to one), "empty" (half of the experts), "some" (a third to none), "none"."""
 
 
 TEST_CASES = {

@@ -79,7 +79,7 @@ def _take_forward(x, index, inverse):
 def _take_backward(inverse, dy):
     """A gather as well: no scatter-add, whose order would not be fixed."""
     parts = [jnp.take(dy, inverse[:, a], axis=0, mode="fill", fill_value=0).astype(jnp.float32) for a in range(inverse.shape[1])]
-    return sum(parts).astype(dy.dtype), None, None
+    return functools.reduce(jnp.add, parts).astype(dy.dtype), None, None
 
 
 take_rows.defvjp(_take_forward, _take_backward)

@@ -9,6 +9,7 @@ One pass forward in time for S (dQ), one backward for dS (dK, dV); only the inpu
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -42,7 +43,12 @@ def _chunk_rows(q, k, v, state, powers, aligned):
     num_tiles = chunk_size // QUERY_TILE
     tiles = jnp.moveaxis(q.reshape(batch, heads, num_tiles, QUERY_TILE, size), 2, 0)
     starts = QUERY_TILE * jnp.arange(num_tiles, dtype=jnp.int32)[:, None]
-    out = lax.map(lambda t: pin(tile.rows(*pin((t[0], k, v, state, powers)), t[1])), (tiles, starts))
+
+    def rows(inputs):
+        q, keys, values, entering, weights = pin((inputs[0], k, v, state, powers))
+        return pin(tile.rows(q, keys, values, entering, weights, inputs[1]))
+
+    out = lax.map(rows, (tiles, starts))
     return jnp.moveaxis(out, 0, 2).reshape(batch, heads, chunk_size, -1)
 
 
@@ -125,8 +131,8 @@ def lightning_attention(q, k, v, log_decay, *, state, reset, length, chunk_size,
     state = jnp.zeros((batch, heads, size, v.shape[-1]), jnp.float32) if state is None else state
     reset = jnp.zeros((batch, num_chunks), bool) if reset is None else reset
     length = jnp.full(batch, num_tokens, jnp.int32) if length is None else length
-    out, state = _lightning(q, k, v, log_decay, state, reset, length // chunk_size, chunk_size, aligned)
-    return out[:, :num_tokens], state
+    result: Any = _lightning(q, k, v, log_decay, state, reset, length // chunk_size, chunk_size, aligned)
+    return result[0][:, :num_tokens], result[1]
 
 
 def lightning_attention_step(q, state, key_buffer, value_buffer, log_decay, index, *, aligned):
@@ -135,8 +141,8 @@ def lightning_attention_step(q, state, key_buffer, value_buffer, log_decay, inde
     powers = tile.decay_powers(log_decay, chunk_size)
     padding = QUERY_TILE - 1 if aligned else 0
     tile_q = jnp.pad(q[:, :, None], ((0, 0), (0, 0), (0, padding), (0, 0)))
-    out = tile.rows(*pin((tile_q, key_buffer, value_buffer, state, powers), aligned), index)
-    return pin(out, aligned)[:, :, 0].astype(q.dtype)
+    tile_q, key_buffer, value_buffer, state, powers = pin((tile_q, key_buffer, value_buffer, state, powers), aligned)
+    return pin(tile.rows(tile_q, key_buffer, value_buffer, state, powers, index), aligned)[:, :, 0].astype(q.dtype)
 
 
 def fold_full_chunks(state, key_buffer, value_buffer, log_decay, index):

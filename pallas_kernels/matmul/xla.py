@@ -38,7 +38,7 @@ def row_tiled(f: Callable, rows: Sequence[jax.Array], weights: Sequence[jax.Arra
 
     @jax.custom_vjp
     def run(rows, weights):
-        return map_row_tiles(lambda *tiles: f(*tiles, *weights), *rows)
+        return map_row_tiles(lambda *tiles: f(*tiles, *weights), *rows, row_tile=tile.LIGHT_TILE)
 
     def forward(rows, weights):
         return run(rows, weights), (rows, weights)
@@ -74,5 +74,5 @@ _product.defvjp(_forward, _backward)
 def matmul(x: jax.Array, w: jax.Array, *, aligned: bool, out_dtype: jnp.dtype) -> jax.Array:
     """Return x [..., D] @ w [D, F], accumulated in fp32, as `out_dtype`."""
     rows = x.reshape(-1, x.shape[-1])
-    y = _product(rows, w, out_dtype) if aligned else tile.product(rows, w).astype(out_dtype)
+    y: Any = _product(rows, w, out_dtype) if aligned else tile.product(rows, w).astype(out_dtype)
     return y.reshape(*x.shape[:-1], w.shape[-1])

@@ -50,10 +50,12 @@ def test_queries_without_keys_give_zeros_and_get_no_gradient(is_aligned):
     start, stop = (np.array(x) for x in arguments[3:])
     start[:, nothing], stop[:, nothing] = 7, [[0], [7]]  # stop before start in one row, at start in the other
     out, (dq, _, _) = check(arguments._replace(start=jnp.array(start), stop=jnp.array(stop)), jnp.float32, is_aligned)
-    assert not out[:, nothing].any() and not dq[:, nothing].any()
+    assert not out[:, nothing].any()
+    assert not dq[:, nothing].any()
     empty = jnp.zeros_like(arguments.stop)
     out, gradients = check(arguments._replace(start=empty, stop=empty), jnp.float32, is_aligned)
-    assert not out.any() and not any(x.any() for x in gradients)
+    assert not out.any()
+    assert not any(x.any() for x in gradients)
 
 
 @pytest.mark.parametrize("is_aligned", [False, True])
@@ -92,7 +94,7 @@ def test_decode_queries_have_the_bits_of_training(dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("first, count", [(0, 77), (77, 60)])
+@pytest.mark.parametrize(("first", "count"), [(0, 77), (77, 60)])
 def test_a_piece_of_a_prompt_has_the_bits_of_the_whole(dtype, first, count):
     given = inputs(PROMPT, DTYPES[dtype])
     keys, values = (cached(x, [0, 1], seed) for seed, x in enumerate((given.k, given.v)))

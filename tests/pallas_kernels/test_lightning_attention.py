@@ -67,7 +67,8 @@ def test_value_and_gradients(name, dtype, aligned):
     f = functools.partial(call, functools.partial(lightning_attention, chunk_size=TEST_CASES[name].C, aligned=aligned))
     cotangents = random_like(jax.eval_shape(f, *differentiable))
     actual = jit(with_gradients(f))(differentiable, cotangents)
-    assert actual[0][0].dtype == dtype and actual[0][1].dtype == jnp.float32
+    assert actual[0][0].dtype == dtype
+    assert actual[0][1].dtype == jnp.float32
     assert_close(actual, in_float64(truth(name), differentiable, given.log_decay, given.reset, cotangents), dtype)
 
 
@@ -128,8 +129,7 @@ def buffers_at(given, start, rows, chunk_size):
     return buffer(given.k), buffer(given.v)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("chunk_size", [64, 128])
+@pytest.mark.parametrize(("dtype", "chunk_size"), [("fp32", 64), ("bf16", 64), ("bf16", 128)])
 def test_decode_rows_have_the_bits_of_training_at_every_position(dtype, chunk_size):
     """Every position of the first two chunks, as 2 C slots of one batch; a third chunk is left open in training."""
     length, width = 2 * chunk_size + 9, 2 * chunk_size
@@ -155,8 +155,7 @@ def test_decode_rows_have_the_bits_of_training_at_every_position(dtype, chunk_si
                 assert_same_bits(rows, out[row, chosen])
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("chunk_size", [64, 128])
+@pytest.mark.parametrize(("dtype", "chunk_size"), [("fp32", 64), ("bf16", 64), ("fp32", 128)])
 def test_folded_buffers_are_the_state_of_the_forward(dtype, chunk_size):
     length = 3 * chunk_size
     given = inputs(Case(3, length, 2, 16, 24, C=chunk_size, state=True), DTYPES[dtype])
@@ -188,9 +187,9 @@ def test_bits_do_not_depend_on_batch_length_or_place_in_a_packed_row(dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("cut", [64, 192])
-def test_a_prompt_in_pieces_has_the_bits_of_the_whole(dtype, cut):
-    given = inputs(Case(2, 256, 2, 16, 24, state=True), DTYPES[dtype])
+def test_a_prompt_in_pieces_has_the_bits_of_the_whole(dtype):
+    cut = 64
+    given = inputs(Case(2, 192, 2, 16, 24, state=True), DTYPES[dtype])
     whole = forward(64)(*given[:4], state=given.state)
     first, state = forward(64)(*(x[:, :cut] for x in given[:3]), given.log_decay, state=given.state)
     rest, state = forward(64)(*(x[:, cut:] for x in given[:3]), given.log_decay, state=state)

@@ -73,7 +73,7 @@ tiled = lambda x, gate, weight: row_tiled(normalised, [x, gate], [weight])
 def test_row_tiled_rows_do_not_depend_on_how_many_there_are():
     run = jit(tiled)
     everything = run(*row_inputs(max(ROW_COUNTS)))
-    for num in ROW_COUNTS:
+    for num in (1, 64, 65):
         assert_same_bits(run(*row_inputs(num)), jax.tree.map(lambda y, num=num: y[:num], everything))
 
 

@@ -18,7 +18,7 @@ def assert_close(actual: Any, expected: Any, dtype: jnp.dtype) -> None:
     """Check a tree of results computed in `dtype` against the float64 truth."""
     assert jax.tree.structure(actual) == jax.tree.structure(expected)
     for path, (one, truth) in zip(paths(expected), zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True), strict=True):
-        assert truth.dtype == np.float64 and one.shape == truth.shape, path
+        assert (truth.dtype, truth.shape) == (np.float64, one.shape), path
         one = np.asarray(one).astype(np.float64)
         assert np.isfinite(one).all(), f"{path}: not finite"
         error, scale = np.abs(one - truth), np.abs(truth).max(initial=0) or 1.0  # terms of order 1 that cancel exactly
@@ -34,7 +34,7 @@ def assert_same_bits(actual: Any, expected: Any) -> None:
     """Check that two trees of arrays do not differ in a single bit."""
     for path, (one, other) in zip(paths(expected), zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True), strict=True):
         one, other = np.asarray(one), np.asarray(other)
-        assert one.dtype == other.dtype and one.shape == other.shape, path
+        assert (one.dtype, one.shape) == (other.dtype, other.shape), path
         assert np.isfinite(one).all(), f"{path}: not finite"
         bits = f"u{one.dtype.itemsize}"
         differ = (one.view(bits) != other.view(bits)) & ((one != 0) | (other != 0))  # 0 and -0 are one value

@@ -1,0 +1,319 @@
+"""The model: one forward in every mode, the layer pattern and its scan, rotary tables, multi-token prediction."""
+
+import dataclasses
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from ring_jax import cache as caches
+from ring_jax import checkpoint, numerics, scoring
+from ring_jax.config import PRESETS, preset
+from ring_jax.layers import rotary_tables
+from ring_jax.model import Ring, Run, layer_pattern
+from ring_jax.numerics import Numerics
+from tests.ring_jax.models import SMALL, YARN, Programs, pad, same_bits, write_hf
+from tests.ring_jax.numpy_ring import Twin, random_tensors
+
+LENGTHS = (200, 131, 64)
+WIDTHS = (100, 1)
+CACHE = 256
+
+
+def make(config, *, stacked=True, aligned=True, dtype="float32") -> Programs:
+    """Return the programs of a random model whose balancing biases are not zero."""
+    model = Ring(config, Numerics(aligned=aligned, dtype=dtype), rngs=nnx.Rngs(0), stacked=stacked)
+    graph, params, balance, tables = scoring.split(model)
+    balance = jax.tree.map(lambda b: b + 0.1 * jnp.sin(jnp.arange(b.size, dtype=jnp.float32)).reshape(b.shape), balance)
+    return Programs(scoring.merge(graph, params, balance, tables, dtype))
+
+
+@pytest.fixture(scope="module")
+def documents(tokens) -> list[np.ndarray]:
+    rng = np.random.default_rng(5)
+    return [rng.integers(0, SMALL.vocab_size, length).astype(np.int32) for length in LENGTHS]
+
+
+def through_cache(programs, documents, seed, steps_only_after=None) -> list[np.ndarray]:
+    """Return the hidden states of documents that go through a cache in random pieces, padded anywhere, some slots resting."""
+    rng, batch = np.random.default_rng(seed), len(documents)
+    cache, done = programs.model.init_cache(batch, CACHE), [0] * batch
+    found = [np.zeros((len(d), programs.model.config.hidden_size), programs.model.numerics.dtype) for d in documents]
+    while any(at < len(d) for at, d in zip(done, documents, strict=True)):
+        width = 1 if steps_only_after is not None and min(done) >= steps_only_after else int(rng.choice(WIDTHS))
+        tokens, positions, where = np.full((batch, width), 7, np.int32), np.full((batch, width), -1, np.int32), []
+        for slot, document in enumerate(documents):
+            count = min(int(rng.integers(0, width + 1)), len(document) - done[slot])
+            first = int(rng.integers(0, width - count + 1))
+            tokens[slot, first : first + count] = document[done[slot] : done[slot] + count]
+            positions[slot, first : first + count] = np.arange(done[slot], done[slot] + count)
+            where.append((first, count))
+        hidden, cache = programs.cached(tokens, positions, cache)
+        for slot, (first, count) in enumerate(where):
+            found[slot][done[slot] : done[slot] + count] = hidden[slot, first : first + count]
+            done[slot] += count
+        np.testing.assert_array_equal(cache.length, done)
+    return found
+
+
+SPLITS = [
+    pytest.param({"stacked": True, "dtype": "float32"}, 64, id="fp32-64"),
+    pytest.param({"stacked": False, "dtype": "bfloat16"}, 128, id="bf16-128"),
+    pytest.param({"stacked": False, "dtype": "float32"}, 128, id="fp32-128", marks=pytest.mark.slow),
+    pytest.param({"stacked": True, "dtype": "bfloat16"}, 64, id="bf16-64", marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize(("options", "chunk"), SPLITS)
+def test_forward_is_prefill_plus_decode(documents, options, chunk):
+    """To the last bit in aligned numerics: several slots of different length, any split, padding anywhere, packed or alone."""
+    programs = make(dataclasses.replace(SMALL, chunk_size=chunk), **options)
+    tokens, positions = pad(documents, 256)
+    whole = programs.hidden(tokens, positions)
+    assert np.isfinite(whole).all()
+    whole = [rows[: len(d)] for rows, d in zip(whole, documents, strict=True)]
+    for seed, steps_only_after in ((0, None), (1, None), (2, 60)):
+        assert same_bits(through_cache(programs, documents, seed, steps_only_after), whole)
+    if chunk == 64:
+        at = (256, 0, 512)
+        packed, places, segments = np.zeros((1, 640), np.int32), np.full((1, 640), -1, np.int32), np.zeros((1, 640), np.int32)
+        for number, (start, document) in enumerate(zip(at, documents, strict=True)):
+            span = slice(start, start + len(document))
+            packed[0, span], places[0, span], segments[0, span] = document, np.arange(len(document)), number + 1
+        hidden = programs.hidden(packed, places, segments)[0]
+        assert same_bits([hidden[start : start + len(d)] for start, d in zip(at, documents, strict=True)], whole)
+        alone = programs.hidden(tokens[1:2], positions[1:2])[0]
+        assert same_bits(alone[: LENGTHS[1]], whole[1])
+
+
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
+def test_forward_is_prefill_plus_decode_in_fast_numerics(documents, dtype):
+    programs = make(SMALL, aligned=False, dtype=dtype)
+    whole = programs.hidden(*pad(documents, 256))
+    cached = through_cache(programs, documents, 0)
+    error = np.concatenate([a.astype(np.float64) - b[: len(a)].astype(np.float64) for a, b in zip(cached, whole, strict=True)])
+    if dtype == "float32":
+        assert np.abs(error).max() < 1e-4
+    else:  # a rounding may flip a token's experts, so most rows are near, not all
+        assert np.median(np.abs(error).max(-1)) < 0.05
+
+
+def test_state_of_a_resting_slot_is_kept(documents):
+    """A step of the other slots changes no bit of a slot that rests."""
+    programs = make(SMALL)
+    _, cache = programs.cached(*pad([d[:30] for d in documents], 64), programs.model.init_cache(3, CACHE))
+    before = jax.tree.map(np.asarray, cache)
+    _, after = programs.cached(np.array([[1], [2], [3]], np.int32), np.array([[30], [-1], [30]], np.int32), cache)
+    slot = lambda c, i: [x[:, :, i] for x in jax.tree.leaves(c.layers)]
+    assert same_bits(slot(after, 1), slot(before, 1))
+    assert not same_bits(slot(after, 0), slot(before, 0))
+    np.testing.assert_array_equal(after.length, [31, 30, 31])
+    emptied = caches.reset_slots(after, jnp.array([True, False, False]))
+    np.testing.assert_array_equal(emptied.length, [0, 30, 31])
+    assert same_bits(slot(emptied, 2), slot(after, 2))
+    # An emptied slot starts over: what its last sequence left behind is not read.
+    first = pad([documents[1][:30], [], []], 64)
+    again, _ = programs.cached(*first, emptied)
+    fresh, _ = programs.cached(*first, programs.model.init_cache(3, CACHE))
+    assert same_bits(again[0, :30], fresh[0, :30])
+
+
+def test_stacked_is_unstacked(tmp_path, documents):
+    """The layout of the parameters, and so the scan, changes no bit."""
+    config = dataclasses.replace(SMALL, num_layers=10)  # a group with the dense layer, a scan of two groups, a trailing layer
+    folder = write_hf(tmp_path, config, random_tensors(config))
+    assert [len(segment[0].layers) for segment in layer_pattern(config)] == [1, 2, 1]
+    hidden = [Programs(checkpoint.load(folder, stacked=s).model).hidden(*pad(documents[1:2], 256)) for s in (True, False)]
+    assert same_bits(*[h[:, : LENGTHS[1]] for h in hidden])
+
+
+# The layer pattern.
+
+
+def flat(pattern) -> list[int]:
+    """Return the numbers of the layers in the order in which they run."""
+    found = []
+    for segment in pattern:
+        for group in range(len(segment[0].layers)):
+            for run in segment:
+                found.extend(run.layers[group])
+    return found
+
+
+@pytest.mark.parametrize("stacked", [True, False])
+@pytest.mark.parametrize("layers", [1, 2, 3, 4, 7, 9, 10, 20])
+@pytest.mark.parametrize("period", [1, 2, 3, 5, 8])
+@pytest.mark.parametrize("dense", [0, 1, 2, 4])
+def test_pattern_has_each_layer_once(layers, period, dense, stacked):
+    config = dataclasses.replace(SMALL, num_layers=layers, period=period, num_dense_layers=dense)
+    pattern = layer_pattern(config, stacked)
+    assert flat(pattern) == list(range(layers))
+    for segment in pattern:
+        assert len({len(run.layers) for run in segment}) == 1, "a segment's runs repeat together"
+        for run in segment:
+            assert len({len(group) for group in run.layers}) == 1
+            assert all((config.mixer(i), config.ffn(i)) == (run.mixer, run.ffn) for group in run.layers for i in group)
+
+
+def test_pattern_of_the_released_models():
+    mini, flash = (layer_pattern(preset(f"ring-{name}-linear-2.0")) for name in ("mini", "flash"))
+    assert mini == (
+        (Run("linear", "dense", ((0,),)), Run("linear", "moe", ((1, 2, 3),)), Run("softmax", "moe", ((4,),))),
+        (Run("linear", "moe", ((5, 6, 7, 8), (10, 11, 12, 13), (15, 16, 17, 18))), Run("softmax", "moe", ((9,), (14,), (19,)))),
+    )
+    assert [[(run.mixer, len(run.layers), len(run.layers[0])) for run in segment] for segment in flash] == [
+        [("linear", 1, 1), ("linear", 1, 6), ("softmax", 1, 1)],
+        [("linear", 3, 7), ("softmax", 3, 1)],
+    ]
+
+
+def test_odd_patterns():
+    two_dense = dataclasses.replace(SMALL, num_layers=7, period=4, num_dense_layers=2)
+    assert [[(*run[:2], run.layers) for run in segment] for segment in layer_pattern(two_dense)] == [
+        [("linear", "dense", ((0, 1),)), ("linear", "moe", ((2,),)), ("softmax", "moe", ((3,),))],
+        [("softmax", "moe", ((4, 5, 6),))],
+    ]
+    every = dataclasses.replace(SMALL, num_layers=4, period=1)
+    assert [segment[0].layers for segment in layer_pattern(every)] == [((0,),), ((1,), (2,), (3,))]
+
+
+# Programs do not grow with depth.
+
+
+def tiny(layers: int):
+    return dataclasses.replace(PRESETS["test"], num_layers=layers, period=5, num_dense_layers=1, hidden_size=16, head_size=4, vocab_size=32)
+
+
+def lowered(layers: int, gradient: bool, aligned: bool):
+    numeric = Numerics(aligned=aligned)
+    model = nnx.eval_shape(lambda: Ring(tiny(layers), numeric, rngs=nnx.Rngs(0)))
+    graph, *state = scoring.split(model)
+    rows = jax.ShapeDtypeStruct((2, 128), np.int32)
+
+    def forward(*args):
+        return scoring.token_logprobs(nnx.merge(graph, *args[:3]), args[3])
+
+    def gradients(*args):
+        return scoring.loss_and_gradients(graph, numeric, *args)
+
+    return numerics.jit(gradients if gradient else forward, numeric).lower(*state, scoring.Batch(rows, rows, rows))
+
+
+@pytest.mark.parametrize("gradient", [False, True])
+def test_lowered_program_does_not_grow_with_depth(gradient):
+    few, many = (lowered(layers, gradient, aligned=True).as_text().count("\n") for layers in (20, 40))
+    assert few > 1000
+    assert abs(many - few) <= 0.05 * few
+
+
+@pytest.mark.parametrize("gradient", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_compiled_program_does_not_grow_with_depth(gradient):
+    instructions = lambda text: len(re.findall(r"^\s+(?:ROOT )?%?[\w.-]+ = ", text, re.MULTILINE))
+    few, many = (instructions(lowered(layers, gradient, aligned=False).compile().as_text()) for layers in (20, 40))
+    assert few > 1000
+    assert abs(many - few) <= 0.05 * few
+
+
+# Rotary tables.
+
+
+@pytest.mark.parametrize("theta", [1e4, 1e6])
+def test_yarn_tables(theta):
+    config = dataclasses.replace(PRESETS["test"], head_size=64, partial_rotary_factor=0.5, rope_theta=theta, rope_scaling=YARN)
+    cos, sin = rotary_tables(config)
+    exact = Twin(config, {}).angles(np.arange(2048), 16)
+    assert cos.dtype == np.float32
+    np.testing.assert_allclose(cos, exact[0], atol=2e-7)
+    np.testing.assert_allclose(sin, exact[1], atol=2e-7)
+    amplitude = 1 + 0.1 * math.log(4)
+    np.testing.assert_allclose(cos**2 + sin**2, amplitude**2, rtol=1e-6)
+    plain = rotary_tables(dataclasses.replace(config, rope_scaling=None, max_positions=2048))
+    np.testing.assert_allclose(cos[:, 0], amplitude * plain[0][:, 0], rtol=1e-6)  # the fastest channel keeps its frequency,
+    np.testing.assert_allclose(cos[::4, -1], amplitude * plain[0][:512, -1], rtol=1e-6)  # the slowest turns a quarter as fast
+    stated = rotary_tables(dataclasses.replace(config, rope_scaling=(*YARN, ("attention_factor", 1.0))))
+    np.testing.assert_allclose(stated[0] ** 2 + stated[1] ** 2, 1, rtol=1e-6)
+
+
+def test_long_positions_are_exact():
+    """fp32 angles would be off by 0.004 at 128K."""
+    config = dataclasses.replace(PRESETS["test"], max_positions=131072, head_size=16)
+    cos, sin = rotary_tables(config)
+    assert cos.shape == (131072, 4)
+    exact = Twin(config, {}).angles(np.array([131071]), 4)
+    np.testing.assert_allclose([cos[-1:], sin[-1:]], exact, atol=1e-7)
+
+
+def test_yarn_model(tmp_path, tokens):
+    config = dataclasses.replace(SMALL, rope_scaling=YARN, max_positions=64, period=2)
+    tensors = random_tensors(config)
+    logits = Programs(checkpoint.load(write_hf(tmp_path, config, tensors)).model).forward(tokens).logits
+    exact = Twin(config, tensors)(tokens).logits
+    assert np.abs(logits - exact).max() < 2e-5 * np.abs(exact).max()
+
+
+def test_position_past_the_limit(tokens):
+    """A position without an angle must not pass as the last one that has: the commands refuse it, the model shows it."""
+    model = make(dataclasses.replace(SMALL, num_layers=1, max_positions=100), aligned=False)
+    hidden = model.hidden(tokens[None, :128], np.arange(128, dtype=np.int32)[None])
+    assert np.isfinite(hidden[:, :100]).all()
+    assert np.isnan(hidden[:, 100:]).any(-1).all()
+
+
+# Other sizes than the presets'.
+
+ODD = [
+    pytest.param({"tie_embeddings": True, "num_experts": 6, "num_expert_groups": 3, "num_shared_experts": 0, "period": 1}, id="tied"),
+    pytest.param({"num_heads": 3, "num_kv_heads": 1, "num_dense_layers": 2, "norm_topk": False, "num_expert_groups": 1,
+                  "num_active_expert_groups": 1, "partial_rotary_factor": 1.0, "num_norm_groups": 1}, id="ungrouped"),
+    pytest.param({"num_experts": 4, "num_active_experts": 1, "num_active_expert_groups": 1, "num_dense_layers": 0, "num_layers": 2},
+                 id="one-expert-a-group"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("change", ODD)
+def test_odd_sizes(tmp_path, tokens, change):
+    config = dataclasses.replace(SMALL, **change)
+    tensors = random_tensors(config)
+    ours = Programs(checkpoint.load(write_hf(tmp_path, config, tensors)).model).forward(tokens[:70])
+    exact = Twin(config, tensors)(tokens[:70])
+    assert np.abs(ours.logits - exact.logits).max() < 2e-5 * np.abs(exact.logits).max()
+    assert np.abs(ours.hidden - exact.hidden).max() < 2e-5 * np.abs(exact.hidden).max()
+
+
+# Multi-token prediction.
+
+
+def test_multi_token_prediction(tmp_path, tokens):
+    """Two further layers: their hidden states, and the loss with its weight, against float64."""
+    config = dataclasses.replace(SMALL, num_mtp_layers=2, num_layers=2)
+    tensors, length, width = random_tensors(config), 100, 128
+    model = checkpoint.load(write_hf(tmp_path, config, tensors)).model
+    twin, document = Twin(config, tensors), tokens[:length]
+    head = twin.tensors["lm_head.weight"].T
+
+    def nll(logits, ahead):
+        shifted = logits[: length - ahead] - logits.max()
+        logprobs = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+        return -logprobs[np.arange(length - ahead), document[ahead:]].mean()
+
+    result = twin(document)
+    hidden = twin.rms(result.hidden[-1], twin.tensors["model.norm.weight"])
+    losses = [nll(result.logits, 1)]
+    for depth in range(2):
+        hidden = twin.further(depth, hidden, np.roll(document, -depth - 1))
+        losses.append(nll(hidden @ head, depth + 2))
+
+    batch = scoring.Batch(*pad([document], width), np.array([[1] * length + [0] * (width - length)], np.int32))
+    graph, *state = scoring.split(model)
+
+    def loss(*args):
+        model, batch = nnx.merge(graph, *args[:3]), args[3]
+        return [scoring.loss(model, batch, scoring.totals(batch, 2), mtp_weight=weight)[0] for weight in (0.0, 0.1)]
+
+    plain, weighted = numerics.jit(loss, model.numerics)(*state, batch)
+    np.testing.assert_allclose(plain, losses[0], rtol=2e-6)
+    np.testing.assert_allclose(weighted, losses[0] + 0.1 * np.mean(losses[1:]), rtol=2e-6)

@@ -1,0 +1,220 @@
+"""The mesh: one step is the same on any of them, everything is really sharded, and only weights are gathered.
+
+The simulated devices must exist before jax starts, so all meshes run in one process of their own (this file, run as a program), which
+writes what it found as JSON.
+"""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from ring_jax import sharding
+from ring_jax.config import preset
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+MESHES = ("1x1", "2x1", "1x2", "2x4", "8x8")
+SAVED = "2x4"
+"""The mesh whose state is saved, to be restored on one device."""
+
+
+def model_config():
+    import dataclasses
+
+    return dataclasses.replace(preset("test"), num_layers=3, hidden_size=64)
+
+
+def make_program(mesh):
+    from ring_jax.numerics import Numerics
+    from ring_jax.train.config import OptimizerConfig
+    from ring_jax.train.step import make_program
+
+    # Without clipping, the first moments after the first step are a tenth of the gradient.
+    optimizer = OptimizerConfig(warmup=0, clip=0.0, z_loss=0.01)
+    return make_program(model_config(), Numerics(aligned=False), optimizer, steps=10, seed=0, mesh=mesh)
+
+
+def make_batch(rows, seq_len=128):
+    from ring_jax.scoring import Batch
+
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(2, seq_len + 1, rows)[:, None]
+    inside = np.arange(seq_len) < lengths
+    tokens = rng.integers(1, 96, (rows, seq_len)) * inside
+    return Batch(*(x.astype(np.int32) for x in (tokens, np.where(inside, np.arange(seq_len), -1), inside)))
+
+
+def collectives(text):
+    """Each collective of an HLO text: its kind and the shapes of its results."""
+    import re
+
+    found = []
+    for line in text.splitlines():
+        if match := re.search(r" = (.+?) (all-gather|all-to-all|all-reduce|reduce-scatter|collective-permute)(?:-start)?\(", line):
+            shapes = [[int(n) for n in dims.split(",") if n] for dims in re.findall(r"\w+\[([\d,]*)\]", match[1])]
+            found.append((match[2], shapes))
+    return found
+
+
+def shards(state):
+    """By path: shape, factor by which an array's shard is smaller, and the factor its logical axes ask for, on a mesh of any sizes."""
+    import jax
+    from flax import nnx
+
+    found = {}
+    for part, tree in (("params", state.params), ("mu", state.optimizer[1].mu), ("nu", state.optimizer[1].nu), ("balance", state.balance)):
+        leaves, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda x: isinstance(x, nnx.Variable))
+        for path, variable in leaves:
+            array = variable.get_value()
+            name = f"{part}.{jax.tree_util.keystr(path, simple=True, separator='.')}"
+            axes = [axis for axis in variable.get_metadata("logical_axes") if axis]
+            found[name] = (array.shape, array.size / array.addressable_shards[0].data.size, axes)
+    return found
+
+
+def main(folder):
+    import jax
+
+    jax.config.update("jax_num_cpu_devices", 64)
+    from ring_jax import checkpoint
+
+    folder, batch = pathlib.Path(folder), make_batch(64)
+    for text in MESHES:
+        sizes = sharding.parse_mesh(text)
+        mesh = sharding.make_mesh(sizes) if text != "1x1" else None
+        program = make_program(mesh)
+        state = program.init()
+        start = checkpoint.by_path(state.params)
+        np.savez(folder / f"{text}-start.npz", **{name: np.asarray(x) for name, x in start.items()})
+        placed = jax.device_put(batch, program.batch_sharding)
+        compiled = program.step.lower(state, program.tables, placed).compile()
+        hlo = compiled.as_text()
+        state, metrics = compiled(state, program.tables, placed)
+        grads = checkpoint.by_path(state.optimizer[1].mu)
+        np.savez(folder / f"{text}-grads.npz", **{name: np.asarray(x) for name, x in grads.items()})
+        found = {"metrics": [float(x) for x in metrics], "collectives": collectives(hlo), "shards": shards(state)}
+        (folder / f"{text}.json").write_text(json.dumps(found))
+        if text == SAVED:
+            manager = checkpoint.Manager(folder)
+            manager.save(1, params=state.params, balance=state.balance, optimizer=state.optimizer, meta={}, tokenizer=None)
+            manager.wait()
+            manager.close()
+            after = checkpoint.by_path(state.params)
+            np.savez(folder / "saved.npz", **{name: np.asarray(x) for name, x in after.items()})
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("mesh")
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, __file__, str(folder)], env=env, capture_output=True, text=True, timeout=800)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder
+
+
+def read(folder, mesh):
+    return json.loads((folder / f"{mesh}.json").read_text())
+
+
+def compare(folder, kind, mesh, tolerance):
+    one, other = np.load(folder / f"1x1-{kind}.npz"), np.load(folder / f"{mesh}-{kind}.npz")
+    assert set(one.files) == set(other.files)
+    for name in one.files:
+        scale = np.abs(one[name]).max()
+        assert scale > 0, name
+        np.testing.assert_allclose(other[name], one[name], rtol=0, atol=tolerance * scale, err_msg=name)
+
+
+@pytest.mark.parametrize("mesh", MESHES[1:])
+def test_loss_and_gradients_are_those_of_one_device(found, mesh):
+    compare(found, "start", mesh, 0)
+    np.testing.assert_allclose(read(found, mesh)["metrics"], read(found, "1x1")["metrics"], rtol=2e-6)
+    compare(found, "grads", mesh, 2e-5)
+
+
+@pytest.mark.parametrize("mesh", MESHES[1:])
+def test_parameters_and_optimizer_state_are_sharded(found, mesh):
+    fsdp, expert = (int(size) for size in mesh.split("x"))
+    for name, (shape, factor, axes) in read(found, mesh)["shards"].items():
+        # Experts lie on the expert axis and their width on fsdp; every other width is over both. All sizes here divide.
+        wanted = fsdp * expert if "embed" in axes else 1
+        assert factor == wanted, f"{name} {shape} of axes {axes}"
+        assert axes or len(shape) <= 3, f"{name} is a matrix that nothing shards"
+    assert any(axes == ["experts", "embed", "ffn"] for _, _, axes in read(found, mesh)["shards"].values())
+
+
+@pytest.mark.parametrize("mesh", MESHES[1:])
+def test_only_weights_are_gathered(found, mesh):
+    fsdp, expert = (int(size) for size in mesh.split("x"))
+    result = read(found, mesh)
+    # What a gather may give: a whole parameter, one layer of a stack, or a device's experts with their whole width. XLA may drop ones.
+    weights = set()
+    for name, (shape, _, axes) in result["shards"].items():
+        if name.startswith("params."):
+            shape = [n // expert if axes[:1] == ["experts"] and n == 8 else n for n in shape]
+            weights.add(tuple(n for n in shape if n > 1))
+    gathered = [tuple(n for n in shape if n > 1) for kind, shapes in result["collectives"] for shape in shapes if kind == "all-gather"]
+    assert len(gathered) >= len(weights) // 2  # the weights are gathered at all
+    transposed = {tuple(sorted(shape)) for shape in weights}
+    assert not [shape for shape in gathered if tuple(sorted(shape)) not in transposed]
+    kinds = {kind for kind, _ in result["collectives"]}
+    assert ("all-to-all" in kinds) == (expert > 1)
+    assert "collective-permute" not in kinds
+
+
+def test_one_device_has_no_collectives(found):
+    assert read(found, "1x1")["collectives"] == []
+
+
+def test_a_checkpoint_of_a_mesh_is_restored_on_one_device(found):
+    """The saving process had 64 devices, this one has not."""
+    import jax
+
+    from ring_jax import checkpoint
+
+    assert jax.device_count() < 8
+    state = make_program(None).abstract
+    manager = checkpoint.Manager(found, read_only=True)
+    restored = manager.restore(1, {"params": state.params, "optimizer": state.optimizer})
+    manager.close()
+    saved = np.load(found / "saved.npz")
+    for name, array in checkpoint.by_path(restored["params"]).items():
+        np.testing.assert_array_equal(array, saved[name])
+
+
+def test_parse_mesh():
+    sizes = lambda **given: {axis: 1 for axis in sharding.AXES} | given
+    assert sharding.parse_mesh("8x4") == sizes(fsdp=8, expert=4)
+    assert sharding.parse_mesh("8") == sizes(fsdp=8)
+    assert sharding.parse_mesh("data=2,expert=4") == sizes(data=2, expert=4)
+
+
+@pytest.mark.parametrize("text", ["", "8x", "x8", "0x8", "-1x8", "2x2x2", "8*8", "data", "data=", "data=0", "rows=2", "data=2,data=2", "1.5x2"])
+def test_parse_mesh_mistakes(text):
+    with pytest.raises(ValueError, match="FSDPxEXPERT.*not "):
+        sharding.parse_mesh(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "batch_size", "message"),
+    [
+        ("1x3", 64, "expert=3 does not divide the 8 experts"),
+        ("tensor=3", 64, "tensor=3 does not divide the 4 heads"),
+        ("tensor=4", 64, "tensor=4 does not divide the 2 heads"),
+        ("tensor=2", 64, "tensor=2"),
+        ("context=2", 64, "context=2"),
+        ("3x1", 64, "64 is not divisible by the 3 shards"),
+        ("data=2,fsdp=4,expert=8", 32, "32 is not divisible by the 64 shards"),
+    ],
+)
+def test_a_mesh_that_does_not_fit(text, batch_size, message):
+    with pytest.raises(ValueError, match=message):
+        sharding.check_mesh(sharding.parse_mesh(text), preset("test"), batch_size)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
