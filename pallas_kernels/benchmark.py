@@ -106,7 +106,7 @@ def measure(problem: Problem, dtype: str, seconds: float) -> Iterator[dict[str, 
         with jax.enable_x64(True):
             truth = jax.tree.map(np.asarray, jax.jit(wrap(problem.truth))(*jax.tree.map(double, (*lead, *arguments[0]))))
         results = {name: jax.tree.map(np.asarray, program(*lead, *arguments[0])) for name, program in programs.items()}
-        runs = {name: lambda i, f=f, lead=lead: f(*lead, *arguments[i % copies]) for name, f in programs.items()}
+        runs: dict[str, Any] = {name: lambda i, f=f, lead=lead: f(*lead, *arguments[i % copies]) for name, f in programs.items()}
         for name, f in problem.host.items() if not direction else ():
             results[name], runs[name] = f(*arguments[0]), lambda i, f=f: f(*arguments[i % copies])
         flops, moved = (sum(x[: direction + 1]) for x in (problem.flops, problem.bytes))

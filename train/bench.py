@@ -7,6 +7,7 @@ Prefill and decode run on a random checkpoint of the preset `bench-140m`, which 
 
 import argparse
 import json
+import os
 import pathlib
 import platform
 import resource
@@ -76,7 +77,8 @@ def bench_training(precision: str, repeats: int) -> dict[str, Any]:
     limit = ceiling(DTYPES[precision], repeats)
     rate = run.batch_size * run.seq_len / seconds(step, repeats)
     work = rate * flops.training_flops_per_token(config, run.seq_len)
-    return {"what": "train demo", "dtype": precision, "tokens/s": rate, "GFLOP/s": work / 1e9, "ceiling GFLOP/s": limit / 1e9, "MFU": work / limit}
+    speed = {"tokens/s": rate, "GFLOP/s": work / 1e9, "ceiling GFLOP/s": limit / 1e9, "MFU": work / limit}
+    return {"what": "train demo", "dtype": precision, **speed}
 
 
 class OurModel:
@@ -169,7 +171,8 @@ def bench_inference(precision: str, repeats: int) -> list[dict[str, Any]]:
             rows.append({"what": f"prefill {PROMPT}", "dtype": precision, "by": how, "tokens/s": rate, "x mlx-lm": rate / peer_prefill})
             for batch in DECODE_BATCHES:
                 rate = ours.decode(batch, repeats)
-                rows.append({"what": f"decode batch {batch}", "dtype": precision, "by": how, "tokens/s": rate, "x mlx-lm": rate / peer_decode})
+                what = f"decode batch {batch}"
+                rows.append({"what": what, "dtype": precision, "by": how, "tokens/s": rate, "x mlx-lm": rate / peer_decode})
     fast = {row["what"]: row["tokens/s"] for row in rows if row["by"] == "fast"}
     for row in rows:
         if row["by"] == "aligned":
@@ -192,7 +195,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="fewer repeats, fp32 only")
     args = parser.parse_args(arguments)
     repeats, precisions = (3, ("fp32",)) if args.quick else (7, ("fp32", "bf16"))
-    machine = {"machine": f"{jax.devices()[0].device_kind} ({platform.machine()}, {_cores()} cores)", "jax": jax.__version__, "python": platform.python_version()}
+    device = f"{jax.devices()[0].device_kind} ({platform.machine()}, {len(os.sched_getaffinity(0))} cores)"
+    machine = {"machine": device, "jax": jax.__version__, "python": platform.python_version()}
     print(json.dumps(machine))
     training = [bench_training(precision, repeats) for precision in precisions]
     print(table(training), flush=True)
@@ -204,12 +208,6 @@ def main(arguments: list[str] | None = None) -> int:
         everything = {**machine, "training": training, "inference": inference, "peak_memory_gib": peak}
         pathlib.Path(args.json).write_text(json.dumps(everything, indent=1))
     return 0
-
-
-def _cores() -> int:
-    import os
-
-    return len(os.sched_getaffinity(0))
 
 
 if __name__ == "__main__":

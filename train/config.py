@@ -160,8 +160,8 @@ def _add_fields(parser: Any, cls: type, prefix: str, shown: bool) -> None:
     for field in dataclasses.fields(cls):
         flag, kind = f"--{prefix}{field.name.replace('_', '-') if not prefix else field.name}", hints[field.name]
         if dataclasses.is_dataclass(kind):
-            group = parser.add_argument_group(f"{field.name}: {kind.__doc__.splitlines()[0]}")
-            _add_fields(group, kind, f"{field.name}.", True)
+            group = parser.add_argument_group(f"{field.name}: {(kind.__doc__ or '').splitlines()[0]}")
+            _add_fields(group, typing.cast(type, kind), f"{field.name}.", True)
         elif field.name == "data" and not prefix:
             parser.add_argument(
                 flag, dest="data", nargs="+", metavar="PATH[:WEIGHT]", default=argparse.SUPPRESS, help=_doc(cls, field.name)

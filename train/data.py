@@ -20,8 +20,8 @@ import shutil
 import sysconfig
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -188,7 +188,7 @@ def _read_parquet(path: pathlib.Path, vocab: int | None) -> Iterator[Piece]:
 
 
 def _read_array_record(path: pathlib.Path, vocab: int | None) -> Iterator[Piece]:
-    from array_record.python import array_record_module
+    from array_record.python import array_record_module  # pyright: ignore[reportAttributeAccessIssue]
 
     try:
         reader = array_record_module.ArrayRecordReader(str(path))
@@ -380,7 +380,7 @@ def _write_store(source: Source, tokenizer: Tokenizer, folder: pathlib.Path) -> 
             for piece in group:
                 if piece is not None:
                     ids = np.asarray(next(encoded) if isinstance(piece, str) else piece, dtype)
-                    size += len((piece if isinstance(piece, str) else tokenizer.decode(piece)).encode())
+                    size += len((piece if isinstance(piece, str) else tokenizer.decode(list(piece))).encode())
                     last = int(ids[-1]) if len(ids) else last
                 elif length and tokenizer.eos_id is not None and last != tokenizer.eos_id:
                     ids = np.asarray([tokenizer.eos_id], dtype)
@@ -431,16 +431,15 @@ def hold_out(store: TokenStore, fraction: float) -> tuple[Spans, Spans]:
         if total < 4:
             raise ValueError(f"data of {total} tokens: too little to train on and hold some out; expected at least 4")
         tail = min(max(2, round(total * fraction)), total - 2)  # two tokens are the least that has something to predict
-        return tuple(
-            Spans(starts + start, np.asarray([count]), num_bytes[0] * count / total)
-            for start, count in ((0, total - tail), (total - tail, tail))
-        )
+        part = lambda start, count: Spans(starts + start, np.asarray([count]), num_bytes[0] * count / total)
+        return part(0, total - tail), part(total - tail, tail)
     held = _uniform(len(lengths)) < fraction
     if fraction and not held.any():
         held[np.argsort(lengths, kind="stable")[(len(lengths) - 1) // 2]] = True
     if held.all():
         held[np.argmax(lengths)] = False
-    return tuple(Spans(starts[side], lengths[side], float(num_bytes[side].sum())) for side in (~held, held))
+    part = lambda side: Spans(starts[side], lengths[side], float(num_bytes[side].sum()))
+    return part(~held), part(held)
 
 
 def cut(spans: Spans, seq_len: int) -> tuple[np.ndarray, np.ndarray]:
@@ -506,9 +505,9 @@ class TokenDataset:
     def __len__(self) -> int:
         return len(self._row_offsets) - 1
 
-    def __getitem__(self, row: int) -> dict[str, np.ndarray]:
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
         arrays = _empty_row(self.seq_len)
-        pieces = slice(self._row_offsets[row], self._row_offsets[row + 1])
+        pieces = slice(self._row_offsets[index], self._row_offsets[index + 1])
         places = zip(self._starts[pieces].tolist(), self._lengths[pieces].tolist(), self._columns[pieces].tolist(), strict=True)
         for segment, (start, length, column) in enumerate(places, 1):
             place = slice(column, column + length)
@@ -522,10 +521,18 @@ def _empty_row(seq_len: int) -> dict[str, np.ndarray]:
     return {name: np.full(seq_len, value, np.int32) for name, value in (("tokens", 0), ("segment_ids", 0), ("positions", -1))}
 
 
+class Rows(Protocol):
+    """Packed rows at random access: grain's MapDataset is one, as is a TokenDataset."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Any: ...
+
+
 class Batches:
     """A sequence of batches over rows at random access: endless for training, finite and in a fixed order for evaluation."""
 
-    def __init__(self, rows: Sequence[dict[str, np.ndarray]], batch_size: int, seq_len: int):
+    def __init__(self, rows: Rows, batch_size: int, seq_len: int):
         self._rows = rows
         self.batch_size = batch_size
         self.seq_len = seq_len
@@ -547,7 +554,7 @@ class Batches:
         picked = [self._rows[index] if index < len(self._rows) else _empty_row(self.seq_len) for index in indices]
         return {name: np.stack([row[name] for row in picked]) for name in ("tokens", "segment_ids", "positions")}
 
-    def iterate(self, start: int = 0, rows: slice = slice(None), num_ahead: int = 2) -> Iterator[dict[str, np.ndarray]]:
+    def iterate(self, start: int = 0, rows: slice = slice(None), num_ahead: int = 2) -> Generator[dict[str, np.ndarray], None, None]:
         """Yields the batches from `start` on, with `num_ahead` prepared in a thread that ends with the iterator."""
         pool = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="batches")
         try:

@@ -17,7 +17,7 @@ import numpy as np
 from ring_jax import checkpoint, flops, sharding
 from ring_jax.config import ModelConfig
 from ring_jax.numerics import DTYPES, Numerics
-from ring_jax.scoring import Batch
+from ring_jax.scoring import Batch, host_batch
 from ring_jax.train.config import TrainConfig
 from ring_jax.train.data import Data, load_data
 from ring_jax.train.metrics import Metrics, Progress
@@ -82,7 +82,8 @@ def train(config: TrainConfig, model: ModelConfig, vocab_given: bool) -> Interru
     open_manager = lambda: checkpoint.Manager(folder, keep_last=config.checkpoint.keep_last, keep_every=config.checkpoint.keep_every)
     manager = open_manager() if config.resume and folder.is_dir() else None
     start = (manager.latest() or 0) if manager else 0
-    if start:
+    text = ""
+    if manager and start:
         model, text = _saved_model(manager, start, model, vocab_given, folder)
     data = load_data(
         config.data,
@@ -94,10 +95,10 @@ def train(config: TrainConfig, model: ModelConfig, vocab_given: bool) -> Interru
     )
     if not start:
         model = _fit_vocabulary(model, data, vocab_given)
-    mesh = sharding.make_mesh(sizes) if math.prod(sizes.values()) > 1 else None
+    mesh = sharding.make_mesh(sizes)
     how = Numerics(aligned=config.numerics == "aligned", dtype=DTYPES[config.precision], remat=config.remat)
     program = make_program(model, how, config.optimizer, config.steps, config.seed, mesh)
-    state = _restore(manager, start, program) if start else program.init()
+    state = _restore(manager, start, program) if manager and start else program.init()
     if manager is None:  # the arguments and the data are good: only now is an old run replaced
         if config.overwrite:
             shutil.rmtree(folder, ignore_errors=True)
@@ -199,7 +200,7 @@ class _Run:
         return Interrupted(step, self.signal)
 
     def _place(self, batch: dict[str, np.ndarray]) -> Batch:
-        placed = Batch(batch["tokens"], batch["positions"], batch["segment_ids"])
+        placed = host_batch(batch["tokens"], batch["positions"], batch["segment_ids"])
         if (steps := self.config.optimizer.accumulate) > 1:
             placed = jax.tree.map(lambda x: x.reshape(steps, -1, x.shape[-1]), placed)
         return jax.device_put(placed, self.program.batch_sharding)
@@ -230,7 +231,7 @@ class _Run:
         nll = tokens = 0.0
         for index in range(min(self.config.eval.batches, len(self.data.eval))):
             batch = self.data.eval.batch(index)
-            placed = jax.device_put(Batch(batch["tokens"], batch["positions"], batch["segment_ids"]), self._eval_sharding())
+            placed = jax.device_put(host_batch(batch["tokens"], batch["positions"], batch["segment_ids"]), self._eval_sharding())
             part, count = jax.device_get(self.program.evaluate(state.params, state.balance, self.program.tables, placed))
             nll, tokens = nll + float(part), tokens + float(count)
         if not tokens:

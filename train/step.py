@@ -107,10 +107,8 @@ def make_program(
             (state.skipped_in_a_row + bad) * bad,
         )
         updates_done = state.step - 1 - (state.skipped - bad)
-        metrics = StepMetrics(
-            loss, stats.nll, stats.num_tokens, norm, jnp.asarray(rate(updates_done)), _imbalance(stats.router), state.skipped, state.skipped_in_a_row
-        )
-        return state, metrics
+        counted = loss, stats.nll, stats.num_tokens, norm, jnp.asarray(rate(updates_done)), _imbalance(stats.router)
+        return state, StepMetrics(*counted, state.skipped, state.skipped_in_a_row)
 
     step_shardings = (state_shardings, NamedSharding(mesh, P()))
     return Program(

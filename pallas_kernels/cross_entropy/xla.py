@@ -46,11 +46,12 @@ def _tile_logprobs(hidden, w, targets):
     def piece(index, carry):
         maximum, total, picked = carry
         columns, first, fresh = _piece(w, index)
-        x = pin(jnp.where(fresh, tile.logits(hidden, columns), -jnp.inf))
+        x = jnp.where(fresh, tile.logits(hidden, columns), -jnp.inf)
         at = targets - first
         here = (at >= 0) & (at < x.shape[1])
         value = jnp.take_along_axis(x, jnp.clip(at, 0, x.shape[1] - 1)[:, None], axis=1)[:, 0]
-        maximum, total = pin(tile.add_piece(*pin((maximum, total)), x))
+        maximum, total, x = pin((maximum, total, x))
+        maximum, total = pin(tile.add_piece(maximum, total, x))
         return maximum, total, jnp.where(here & (value > -jnp.inf), value, picked)
 
     zeros = jnp.zeros(hidden.shape[0])
@@ -114,7 +115,8 @@ def head_logits(hidden, w, *, aligned):
             maximum, total, out = carry
             columns, first, fresh = _piece(w, index)
             x = tile.logits(hidden, columns)
-            maximum, total = pin(tile.add_piece(*pin((maximum, total)), pin(jnp.where(fresh, x, -jnp.inf))))
+            maximum, total, fresh_x = pin((maximum, total, jnp.where(fresh, x, -jnp.inf)))
+            maximum, total = pin(tile.add_piece(maximum, total, fresh_x))
             return maximum, total, lax.dynamic_update_slice_in_dim(out, x, first, axis=1)
 
         zeros = jnp.zeros(hidden.shape[0])

@@ -38,7 +38,7 @@ def empty(q: jax.Array, value_size: int) -> Softmax:
 
 
 def scores(q: jax.Array, k: jax.Array, seen: jax.Array) -> jax.Array:
-    """Return the masked scores [B, G, R, S], in units of log 2, of rows q [B, G, R, K] against keys k [B, S, G, K]; seen is [B, 1, R, S]."""
+    """Return the masked scores [B, G, R, S], in units of log 2, of rows q [B, G, R, K] and keys k [B, S, G, K]; seen [B, 1, R, S]."""
     return jnp.where(seen, math.log2(math.e) * q.shape[-1] ** -0.5 * product("bgrk,bsgk->bgrs", q, k), MASKED)
 
 
@@ -66,7 +66,7 @@ def add_block(softmax: Softmax, q: jax.Array, k: jax.Array, v: jax.Array, seen: 
 
 
 def finish(softmax: Softmax) -> tuple[jax.Array, jax.Array]:
-    """Return the output rows [B, G, R, V] and the log-sum-exp of their scores in units of log 2 [B, G, R]; rows without a key give 0 and 0."""
+    """Return the output rows [B, G, R, V] and the log-sum-exp of their scores [B, G, R], in units of log 2; 0 and 0 without a key."""
     some = softmax.total > 0
     total = jnp.where(some, softmax.total, 1.0)
     return softmax.out / total[..., None], jnp.where(some, softmax.maximum + jnp.log2(total), 0.0)

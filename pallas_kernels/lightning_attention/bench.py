@@ -23,7 +23,7 @@ def recurrence(q, k, v, log_decay):
     """Return the reference's outputs; T is a multiple of BLOCK."""
     state = jnp.zeros((q.shape[0], q.shape[2], q.shape[3], v.shape[3]), jnp.promote_types(q.dtype, jnp.float32))
     blocks = lambda x: jnp.moveaxis(x.reshape(x.shape[0], -1, BLOCK, *x.shape[2:]), 1, 0)
-    step = jax.checkpoint(lambda state, block: reference.lightning_attention(*block, log_decay, state)[::-1])
+    step = jax.checkpoint(lambda state, block: reference.lightning_attention(block[0], block[1], block[2], log_decay, state)[::-1])
     _, out = lax.scan(step, state, (blocks(q), blocks(k), blocks(v)))
     return jnp.moveaxis(out, 0, 1).reshape(v.shape)
 
@@ -31,8 +31,8 @@ def recurrence(q, k, v, log_decay):
 def fla_naive(chunk_size: int) -> dict[str, Callable]:
     """Return fla's naive chunked form as a function of our arguments, if torch and fla are importable."""
     try:
-        import torch
-        from fla.ops.simple_gla.naive import naive_chunk_simple_gla
+        import torch  # pyright: ignore[reportMissingImports]
+        from fla.ops.simple_gla.naive import naive_chunk_simple_gla  # pyright: ignore[reportMissingImports]
     except ImportError:
         return {}
 
