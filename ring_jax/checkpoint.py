@@ -74,9 +74,7 @@ _drop_late_errors()
 def _damage(folder: pathlib.Path) -> list[str]:
     """What cannot be read of a checkpoint's folder: files that should be JSON, and arrays."""
     found = []
-    for file in sorted(
-        file for pattern in ("_METADATA", "_sharding", "metadata", "array_metadatas/*") for file in folder.glob(f"*/{pattern}")
-    ):
+    for file in sorted(file for pattern in ("_METADATA", "metadata", "array_metadatas/*") for file in folder.glob(f"*/{pattern}")):
         try:
             json.loads(file.read_text(encoding="utf-8"))
         except ValueError:

@@ -15,12 +15,10 @@ class Metrics:
     """Writes the metrics of a run folder. On resume, lines past the restored step are cut."""
 
     def __init__(self, folder: pathlib.Path, start_step: int):
-        from tensorboardX import SummaryWriter
-
         self.folder, self.path = folder, folder / "metrics.jsonl"
         self._cut(start_step)
         self._file = self.path.open("a", encoding="utf-8")
-        self._events = SummaryWriter(str(folder / "events"), purge_step=start_step + 1 if start_step else None)
+        self._events = _Events(folder / "events", start_step)
 
     def _cut(self, start_step: int) -> None:
         lines = read_metrics(self.path)
@@ -35,17 +33,39 @@ class Metrics:
         try:
             self._file.write(json.dumps({"step": step, **finite}) + "\n")
             self._file.flush()
+            self._events.write(step, {name: value for name, value in finite.items() if value is not None})
         except OSError as error:
-            raise OSError(error.errno, f"{error.strerror}: {self.path}") from error
-        for name, value in finite.items():
-            if value is not None:
-                self._events.add_scalar(name, value, step)
+            raise ValueError(f"the metrics in {self.folder} could not be written ({error.strerror}); the checkpoints are whole") from error
 
     def close(self) -> None:
         """Finish the files and draw loss.png."""
         self._file.close()
         self._events.close()
         draw_loss(self.folder)
+
+
+class _Events:
+    """TensorBoard events, written at once: tensorboardX's own writer has a thread, which dies on a full disk and is then waited for."""
+
+    def __init__(self, folder: pathlib.Path, start_step: int):
+        from tensorboardX.event_file_writer import EventsWriter
+
+        folder.mkdir(exist_ok=True)
+        self._writer = EventsWriter(str(folder / "events"))
+        if start_step:  # TensorBoard forgets what comes after the restored step
+            self._add(step=start_step + 1, session_log={"status": "START"})
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        self._add(step=step, summary={"value": [{"tag": name, "simple_value": value} for name, value in values.items()]})
+
+    def _add(self, **fields: Any) -> None:
+        from tensorboardX.proto.event_pb2 import Event
+
+        self._writer.write_event(Event(wall_time=time.time(), **fields))
+        self._writer.flush()
+
+    def close(self) -> None:
+        self._writer.close()
 
 
 def read_metrics(path: pathlib.Path) -> list[dict[str, Any]]:

@@ -207,7 +207,18 @@ def test_prompt_in_pieces(model):
 
 
 def test_bucket():
-    assert [bucket(n) for n in (1, 2, 128, 129, 1000, 1024, 1025, 1280, 1281, 4097)] == [128, 128, 128, 256, 1024, 1024, 1280, 1280, 1536, 5120]
+    assert [bucket(n) for n in (1, 2, 128, 129, 1000, 1024, 1025, 1280, 1281, 4097)] == [
+        128,
+        128,
+        128,
+        256,
+        1024,
+        1024,
+        1280,
+        1280,
+        1536,
+        5120,
+    ]
     assert all(bucket(n) >= n and bucket(n) % 128 == 0 for n in range(1, 5000))
 
 
@@ -269,7 +280,9 @@ def test_prompt_from_stdin(model, together, capsys, monkeypatch):
 
 
 def test_fast_numerics_and_bf16(model, capsys):
-    status, out, err = run(capsys, "--checkpoint", model.folder, "--prompt", "a", "--numerics", "fast", "--precision", "bf16", "--max-tokens", 2)
+    status, out, err = run(
+        capsys, "--checkpoint", model.folder, "--prompt", "a", "--numerics", "fast", "--precision", "bf16", "--max-tokens", 2
+    )
     assert status == 0
     assert "fast numerics, bfloat16" in err
     assert out.endswith("\n")
@@ -331,12 +344,12 @@ def test_damaged_checkpoints_take_one_line(capsys, tmp_path):
     other = write_hf(tmp_path / "other", SMALL, tensors, model_type="llama", architectures=["LlamaForCausalLM"])
     del tensors["lm_head.weight"], tensors["model.norm.weight"]
     missing = write_hf(tmp_path / "missing", SMALL, tensors)
-    for folder, messages in (
+    for damaged, messages in (
         (folder, ["cannot be read as safetensors"]),
         (other, ["'llama'", "bailing_moe_linear"]),
         (missing, ["missing lm_head.weight", "missing model.norm.weight"]),
     ):
-        status, out, err = run(capsys, "--checkpoint", folder, "--prompt", "a")
+        status, out, err = run(capsys, "--checkpoint", damaged, "--prompt", "a")
         assert (status, out, len(err.splitlines())) == (2, "", 1), err
         assert all(message in err for message in messages)
 

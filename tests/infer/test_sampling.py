@@ -38,14 +38,18 @@ def test_temperature(temperature):
     np.testing.assert_allclose(draws(Sampling(temperature=temperature)), expected / expected.sum(), atol=0.03)
 
 
-@pytest.mark.parametrize(("top_k", "tokens"), [(0, [0, 1, 2, 3, 4]), (1, [1]), (2, [1, 3]), (4, [1, 2, 3, 4]), (5, [0, 1, 2, 3, 4]), (9, [0, 1, 2, 3, 4])])
+@pytest.mark.parametrize(
+    ("top_k", "tokens"), [(0, [0, 1, 2, 3, 4]), (1, [1]), (2, [1, 3]), (4, [1, 2, 3, 4]), (5, [0, 1, 2, 3, 4]), (9, [0, 1, 2, 3, 4])]
+)
 def test_top_k(top_k, tokens):
     sampling = Sampling(temperature=1.0, top_k=top_k)
     assert kept(sampling) == tokens
     assert np.flatnonzero(draws(sampling)).tolist() == tokens
 
 
-@pytest.mark.parametrize(("top_p", "tokens"), [(1.0, [0, 1, 2, 3, 4]), (0.95, [1, 2, 3, 4]), (0.65, [1, 3]), (0.5, [1, 3]), (0.3, [1]), (1e-6, [1])])
+@pytest.mark.parametrize(
+    ("top_p", "tokens"), [(1.0, [0, 1, 2, 3, 4]), (0.95, [1, 2, 3, 4]), (0.65, [1, 3]), (0.5, [1, 3]), (0.3, [1]), (1e-6, [1])]
+)
 def test_top_p(top_p, tokens):
     """The smallest set of that probability: the token that crosses the bound is in."""
     sampling = Sampling(temperature=1.0, top_p=top_p)

@@ -193,7 +193,9 @@ def test_parse_mesh():
     assert sharding.parse_mesh("data=2,expert=4") == sizes(data=2, expert=4)
 
 
-@pytest.mark.parametrize("text", ["", "8x", "x8", "0x8", "-1x8", "2x2x2", "8*8", "data", "data=", "data=0", "rows=2", "data=2,data=2", "1.5x2"])
+@pytest.mark.parametrize(
+    "text", ["", "8x", "x8", "0x8", "-1x8", "2x2x2", "8*8", "data", "data=", "data=0", "rows=2", "data=2,data=2", "1.5x2"]
+)
 def test_parse_mesh_mistakes(text):
     with pytest.raises(ValueError, match="FSDPxEXPERT.*not "):
         sharding.parse_mesh(text)
