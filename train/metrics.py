@@ -59,7 +59,7 @@ class _Events:
         self._add(step=step, summary={"value": [{"tag": name, "simple_value": value} for name, value in values.items()]})
 
     def _add(self, **fields: Any) -> None:
-        from tensorboardX.proto.event_pb2 import Event
+        from tensorboardX.proto.event_pb2 import Event  # pyright: ignore[reportAttributeAccessIssue]
 
         self._writer.write_event(Event(wall_time=time.time(), **fields))
         self._writer.flush()
