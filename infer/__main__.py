@@ -97,7 +97,8 @@ def generate(args: argparse.Namespace) -> int:
         raise ValueError(f"{args.checkpoint} has no tokenizer.json; `score` takes token ids")
     prompts = [tokenizer.encode(text) for text in texts]
     options = {"max_tokens": args.max_tokens, "sampling": sampling, "stops": args.stop}
-    generation = Generation(Decoder(model), tokenizer, prompts, **options)
+    decoder = Decoder(model)
+    generation = Generation(decoder, tokenizer, prompts, **options)
     replies: list[dict[str, typing.Any]] = [{"prompt": text, "text": "", "tokens": [], "logprobs": []} for text in texts]
     streamed = args.prompts is None
     for piece in generation:
@@ -112,7 +113,7 @@ def generate(args: argparse.Namespace) -> int:
     print(
         f"prefill {t.prefill_tokens} tokens, {t.prefill_tokens / t.prefill_seconds:,.1f} tokens/s; "
         f"decode {t.decode_tokens} tokens, {t.decode_tokens / max(t.decode_seconds, 1e-9):,.1f} tokens/s "
-        f"({args.numerics} numerics, {model.numerics.dtype}; compilation counts)",
+        f"({args.numerics} numerics, {model.numerics.dtype}; without {decoder.compile_seconds:.1f} s of compilation)",
         file=sys.stderr,
     )
     return 0

@@ -46,10 +46,14 @@ def bucket(length: int) -> int:
 
 
 class Decoder:
-    """A model's compiled programs: prompts in, tokens out, for up to MOST_SLOTS sequences at once."""
+    """A model's compiled programs: prompts in, tokens out, for up to MOST_SLOTS sequences at once.
+
+    `compile_seconds` is what compiling them has taken so far: whoever times the decoder can leave it out.
+    """
 
     def __init__(self, model: Ring):
-        self.model = model
+        self.model, self.compile_seconds = model, 0.0
+        self._compiled: dict[Any, Any] = {}
         self._graph, state = nnx.split(model)
         self._leaves, self._structure = jax.tree.flatten(state)  # plain arrays: a jitted call need not walk the modules
 
@@ -75,6 +79,15 @@ class Decoder:
         self._choose = numerics.jit(choose, model.numerics, static_argnums=3)
         self._step = numerics.jit(step, model.numerics, static_argnums=(4, 5), donate_argnums=3)
 
+    def _call(self, program: Any, *args: Any, static: tuple[Any, ...] = ()) -> Any:
+        """The program's result, compiled for these shapes and static arguments on first use."""
+        key = (program, static, tuple(jnp.shape(x) for x in jax.tree.leaves(args)))
+        if key not in self._compiled:
+            started = time.perf_counter()
+            self._compiled[key] = program.lower(self._leaves, *args, *static).compile()
+            self.compile_seconds += time.perf_counter() - started
+        return self._compiled[key](self._leaves, *args)
+
     def _merge(self, leaves: Sequence[Any]) -> Ring:
         return nnx.merge(self._graph, jax.tree.unflatten(self._structure, leaves))
 
@@ -97,18 +110,18 @@ class Decoder:
                 part = prompt[first : first + piece]
                 tokens[row, : len(part)] = part
                 positions[row, : len(part)] = np.arange(start + first, start + first + len(part))
-            cache, hidden = self._piece(self._leaves, tokens, positions, cache, hidden)
+            cache, hidden = self._call(self._piece, tokens, positions, cache, hidden)
         return cache, hidden
 
     def first_tokens(self, hidden: Any, positions: Sequence[int] | np.ndarray, sampling: Sampling) -> Step:
         """Return the tokens at these positions, after the hidden states of the tokens before."""
-        tokens, logprobs = self._choose(self._leaves, hidden, np.asarray(positions, np.int32), sampling)
+        tokens, logprobs = self._call(self._choose, hidden, np.asarray(positions, np.int32), static=(sampling,))
         return Step(np.asarray(tokens), np.asarray(logprobs))
 
     def step(self, tokens: np.ndarray, positions: np.ndarray, cache: Cache, sampling: Sampling) -> tuple[Step, Cache]:
         """Return the tokens after these ones, at positions one further, and the cache; a slot with position -1 rests."""
         may_fold = bool(((positions + 1) % self.model.config.chunk_size == 0).any())
-        tokens, logprobs, _, cache = self._step(self._leaves, tokens, positions, cache, sampling, may_fold)
+        tokens, logprobs, _, cache = self._call(self._step, tokens, positions, cache, static=(sampling, may_fold))
         return Step(np.asarray(tokens), np.asarray(logprobs)), cache
 
 
@@ -183,11 +196,12 @@ class Generation:
     def _batch(self, offset: int, prompts: Sequence[Sequence[int]]) -> Iterator[Piece]:
         stop_tokens = {*self.decoder.model.config.stop_tokens, *self.tokenizer.eos_ids}
         lengths = np.array([len(prompt) for prompt in prompts], np.int32)
-        started = time.perf_counter()
+        clock = lambda: time.perf_counter() - self.decoder.compile_seconds
+        started = clock()
         cache = self.decoder.init_cache(len(prompts), bucket(int(lengths.max()) + self.max_tokens))
         cache, hidden = self.decoder.prefill(prompts, cache)
         step = self.decoder.first_tokens(hidden, lengths, self.sampling)
-        prefill_seconds, started = time.perf_counter() - started, time.perf_counter()
+        prefill_seconds, started = clock() - started, clock()
         replies = [_Reply(self.tokenizer, self.stops) for _ in prompts]
         live, positions, decoded = np.ones(len(prompts), bool), lengths.copy(), 0
         for count in range(1, self.max_tokens + 1):
@@ -204,7 +218,7 @@ class Generation:
             step, cache = self.decoder.step(step.tokens, np.where(live, positions, -1).astype(np.int32), cache, self.sampling)
             positions, decoded = positions + 1, decoded + int(live.sum())
         a = self.timing
-        decode_seconds = time.perf_counter() - started
+        decode_seconds = clock() - started
         self.timing = Timing(
             a.prefill_tokens + int(lengths.sum()),
             a.prefill_seconds + prefill_seconds,

@@ -93,7 +93,7 @@ class TrainConfig:
     steps: int = 200
     batch_size: int = 64
     """Rows of a step, over all devices."""
-    seq_len: int = 256
+    seq_len: int = 128
     output: str | None = None
     """Run folder; default runs/MODEL."""
     resume: bool = False
