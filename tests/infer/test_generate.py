@@ -29,7 +29,7 @@ class Scripted:
     def __init__(self, *rows, stop_tokens=()):
         config = dataclasses.replace(SMALL, stop_tokens=stop_tokens)
         self.model, self.rows, self.at = SimpleNamespace(config=config), rows, 0
-        self.rested = []
+        self.rested, self.compile_seconds = [], 0.0
 
     def init_cache(self, batch, size):
         assert batch == len(self.rows)
