@@ -7,6 +7,8 @@ import pathlib
 import sys
 import typing
 
+from ring_jax.hugepages import use_huge_pages
+
 COMMANDS = ("score", "align")
 
 
@@ -164,4 +166,5 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    use_huge_pages()
     sys.exit(main())

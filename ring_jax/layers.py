@@ -87,9 +87,8 @@ def rotate(x: Float[Array, "*rows H K"], cos: Float[Array, "*rows half"], sin: F
     """Return x with its first 2 half channels rotated in pairs (j, j + half), in fp32; the rest passes through."""
     half = cos.shape[-1]
     cos, sin = cos[..., None, :], sin[..., None, :]
-    wide = x.astype(jnp.float32)
-    a, b = wide[..., :half], wide[..., half : 2 * half]
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin, wide[..., 2 * half :]], axis=-1).astype(x.dtype)
+    a, b, rest = jnp.split(x.astype(jnp.float32), [half, 2 * half], axis=-1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin, rest], axis=-1).astype(x.dtype)
 
 
 class HeadNorms(nnx.Module):

@@ -47,9 +47,10 @@ class LinearAttention(nnx.Module):
         """Return the mixer's output and the cache after the call's tokens."""
         config, ops = self.config, self.numerics.ops
         batch, num_tokens, _ = x.shape
-        qkv = name(matmul(x, self.qkv[...], **ops), "qkv").reshape(batch, num_tokens, 3, config.num_heads, config.head_size)
-        q, k = self.head_norms(qkv[:, :, 0], qkv[:, :, 1], place.cos, place.sin)
-        o, cache = self.attend(name(q, "query"), name(k, "key"), qkv[:, :, 2], place, cache)
+        qkv = name(matmul(x, self.qkv[...], **ops), "qkv").reshape(batch, num_tokens, -1, config.head_size)
+        q, k, v = jnp.split(qkv, 3, axis=2)
+        q, k = self.head_norms(q, k, place.cos, place.sin)
+        o, cache = self.attend(name(q, "query"), name(k, "key"), v, place, cache)
         o = name(o, "mixer").reshape(batch, num_tokens, -1)
         gate = name(matmul(x, self.gate[...], **ops), "gate")
         o = name(self.numerics.by_rows(self.gated_norm, o, gate, weights=[self.group_norm[...]]), "gated")

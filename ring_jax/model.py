@@ -67,10 +67,10 @@ def _stack(config: ModelConfig, numerics: Numerics, run: Run, rngs: nnx.Rngs) ->
     return nnx.merge(graph, jax.vmap(jax.vmap(create))(keys))
 
 
-def _loop(body: Any, x: Any, per_layer: Any, length: int) -> tuple[Any, Any]:
+def _loop(body: Any, x: Any, per_layer: Any, length: int, unroll: int) -> tuple[Any, Any]:
     """`lax.scan` over a leading axis; a single turn is inlined."""
     if length > 1:
-        return lax.scan(body, x, per_layer)
+        return lax.scan(body, x, per_layer, unroll=min(unroll, length))
     x, out = body(x, jax.tree.map(lambda a: a[0], per_layer))
     return x, jax.tree.map(lambda a: a[None], out)
 
@@ -139,6 +139,7 @@ class Ring(nnx.Module):
     def _segment(self, segment: nnx.List, runs: tuple[Run, ...], x: jax.Array, place: Placement, cache: Any) -> tuple[Any, Any]:
         """The residual stream after all groups of a segment, with the caches and router statistics of each of its runs."""
         graphs, states = zip(*(nnx.split(block) for block in segment), strict=True)
+        unroll = self.numerics.unroll
 
         def group(x, per_group):
             states, group_caches = per_group
@@ -150,12 +151,12 @@ class Ring(nnx.Module):
                     x, layer_cache, stats = nnx.merge(graph, sharding.gather(state))(x, place, layer_cache)
                     return x, (layer_cache, stats)
 
-                x, (run_cache, run_stats) = _loop(_remat(layer, self.numerics.remat), x, (state, run_cache), len(run.layers[0]))
+                x, (run_cache, run_stats) = _loop(_remat(layer, self.numerics.remat), x, (state, run_cache), len(run.layers[0]), unroll)
                 caches.append(run_cache)
                 stats.append(run_stats)
             return x, (tuple(caches), tuple(stats))
 
-        return _loop(group, x, (states, cache or (None,) * len(runs)), len(runs[0].layers))
+        return _loop(group, x, (states, cache or (None,) * len(runs)), len(runs[0].layers), 1)
 
     def embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         """Return the tokens' embeddings, fp32."""

@@ -23,12 +23,14 @@ class Numerics:
     aligned: a token's log-probability has the same bits in training, prefill and decode, whatever stands beside it.
     dtype: of weights and activations in products; the residual stream, states, statistics, router and logits are fp32.
     remat: what the gradient recomputes: "none", "full" (whole blocks) or "mixers" (all but the mixers' outputs).
+    unroll: layers that one turn of a loop over layers computes (what it keeps for the gradient is then not copied into a stack).
     implementation: of the kernels, "auto" or a backend's name.
     """
 
     aligned: bool = True
     dtype: str = "float32"
     remat: str = "none"
+    unroll: int = 1
     implementation: str = "auto"
 
     def __post_init__(self):

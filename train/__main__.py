@@ -4,6 +4,7 @@ import shlex
 import signal
 import sys
 
+from ring_jax.hugepages import use_huge_pages
 from ring_jax.train.config import parse_args
 
 
@@ -33,4 +34,5 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    use_huge_pages()
     sys.exit(main())

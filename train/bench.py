@@ -24,13 +24,14 @@ from flax import nnx
 
 from ring_jax import checkpoint, convert, flops, numerics
 from ring_jax.config import PRESETS, ModelConfig
+from ring_jax.hugepages import use_huge_pages
 from ring_jax.infer.generate import Decoder
 from ring_jax.infer.sampling import Sampling
 from ring_jax.model import Ring
 from ring_jax.numerics import DTYPES, Numerics
 from ring_jax.scoring import Batch
 from ring_jax.train.config import TrainConfig
-from ring_jax.train.step import make_program
+from ring_jax.train.step import make_program, numerics_of
 
 GEMMS = ((1024, 1024, 1024), (2048, 2048, 2048), (4096, 1024, 1024), (8192, 256, 1024), (1024, 4096, 1024))
 """M, K, N of the products whose best median is the ceiling."""
@@ -63,8 +64,8 @@ def ceiling(dtype: str, repeats: int) -> float:
 
 def bench_training(precision: str, repeats: int) -> dict[str, Any]:
     """Return tokens/s and utilisation of the demo's training step."""
-    config, run = PRESETS["demo"], TrainConfig()
-    program = make_program(config, Numerics(aligned=False, dtype=DTYPES[precision]), run.optimizer, run.steps, 0, None)
+    config, run = PRESETS["demo"], TrainConfig(precision=precision)
+    program = make_program(config, numerics_of(run), run.optimizer, run.steps, 0, None)
     rng, shape = np.random.default_rng(0), (run.batch_size, run.seq_len)
     tokens, positions = rng.integers(0, config.vocab_size, shape), np.broadcast_to(np.arange(run.seq_len), shape)
     batch = Batch(*(jnp.asarray(x, jnp.int32) for x in (tokens, positions, np.ones(shape))))
@@ -211,4 +212,5 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    use_huge_pages()
     sys.exit(main())

@@ -106,6 +106,8 @@ class TrainConfig:
     """fast, or aligned: token log-probabilities then have the bits that inference gives."""
     remat: str = "none"
     """What the gradient recomputes: none, mixers (all but mixers' outputs), full."""
+    unroll: int = 0
+    """Layers that one turn of a loop over layers computes; 0: 4 on a CPU, else 1 (compilation does not grow with depth either way)."""
     seed: int = 0
     optimizer: OptimizerConfig = OptimizerConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
@@ -115,7 +117,7 @@ class TrainConfig:
         for name, known in (("precision", ("bf16", "fp32")), ("numerics", ("fast", "aligned")), ("remat", ("none", "mixers", "full"))):
             if getattr(self, name) not in known:
                 raise ValueError(f"unknown {name} {getattr(self, name)!r}; known: {', '.join(known)}")
-        _check_least(self, "", {"steps": 1, "batch_size": 1, "seq_len": 1, "seed": 0})
+        _check_least(self, "", {"steps": 1, "batch_size": 1, "seq_len": 1, "unroll": 0, "seed": 0})
         if self.seed >= 1 << 32:
             raise ValueError(f"seed must be below {1 << 32}, not {self.seed}")
         if self.resume and self.overwrite:

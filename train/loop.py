@@ -16,12 +16,12 @@ import numpy as np
 
 from ring_jax import checkpoint, flops, sharding
 from ring_jax.config import ModelConfig
-from ring_jax.numerics import DTYPES, Numerics
+from ring_jax.numerics import DTYPES
 from ring_jax.scoring import Batch, host_batch
 from ring_jax.train.config import TrainConfig
 from ring_jax.train.data import Data, load_data
 from ring_jax.train.metrics import Metrics, Progress
-from ring_jax.train.step import Program, StepMetrics, TrainState, make_program
+from ring_jax.train.step import Program, StepMetrics, TrainState, make_program, numerics_of
 
 MOST_SKIPPED = 10
 """Steps in a row without a finite loss and gradient after which a run stops."""
@@ -96,8 +96,7 @@ def train(config: TrainConfig, model: ModelConfig, vocab_given: bool) -> Interru
     if not start:
         model = _fit_vocabulary(model, data, vocab_given)
     mesh = sharding.make_mesh(sizes)
-    how = Numerics(aligned=config.numerics == "aligned", dtype=DTYPES[config.precision], remat=config.remat)
-    program = make_program(model, how, config.optimizer, config.steps, config.seed, mesh)
+    program = make_program(model, numerics_of(config), config.optimizer, config.steps, config.seed, mesh)
     state = _restore(manager, start, program) if manager and start else program.init()
     if manager is None:  # the arguments and the data are good: only now is an old run replaced
         if config.overwrite:

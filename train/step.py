@@ -15,9 +15,9 @@ from ring_jax import numerics, scoring, sharding
 from ring_jax.config import ModelConfig
 from ring_jax.model import Ring
 from ring_jax.moe import RouterStats, balance
-from ring_jax.numerics import Numerics
+from ring_jax.numerics import DTYPES, Numerics
 from ring_jax.scoring import Batch
-from ring_jax.train.config import OptimizerConfig
+from ring_jax.train.config import OptimizerConfig, TrainConfig
 from ring_jax.train.optimizer import make_optimizer, schedule
 
 
@@ -56,6 +56,12 @@ class Program(NamedTuple):
     evaluate: Callable[[Any, Any, Any, Batch], tuple[Float[Array, ""], Float[Array, ""]]]
     state_shardings: Any
     batch_sharding: Any
+
+
+def numerics_of(config: TrainConfig) -> Numerics:
+    """Return how a run computes its forward."""
+    unroll = config.unroll or (4 if jax.default_backend() == "cpu" else 1)
+    return Numerics(aligned=config.numerics == "aligned", dtype=DTYPES[config.precision], remat=config.remat, unroll=unroll)
 
 
 def make_program(
