@@ -87,7 +87,7 @@ def generate(args: argparse.Namespace) -> int:
     """Run the generation command."""
     from ring_jax.infer.sampling import Sampling
 
-    sampling = Sampling(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, seed=args.seed)
+    sampling = Sampling(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p)
     if args.max_tokens < 1:
         raise ValueError(f"max-tokens must be at least 1, not {args.max_tokens}")
     texts = _prompts(args)
@@ -98,7 +98,7 @@ def generate(args: argparse.Namespace) -> int:
     if tokenizer is None:
         raise ValueError(f"{args.checkpoint} has no tokenizer.json; `score` takes token ids")
     prompts = [tokenizer.encode(text) for text in texts]
-    options = {"max_tokens": args.max_tokens, "sampling": sampling, "stops": args.stop}
+    options = {"max_tokens": args.max_tokens, "sampling": sampling, "seed": args.seed, "stops": args.stop}
     decoder = Decoder(model)
     generation = Generation(decoder, tokenizer, prompts, **options)
     replies: list[dict[str, typing.Any]] = [{"prompt": text, "text": "", "tokens": [], "logprobs": []} for text in texts]

@@ -64,20 +64,20 @@ class Decoder:
             hidden = jnp.take_along_axis(output.hidden, at[:, None, None], axis=1)[:, 0]
             return output.cache, jnp.where((count > 0)[:, None], hidden, last)
 
-        def choose(leaves, hidden, positions, sampling):
+        def choose(leaves, hidden, positions, seed, sampling):
             logits, total = head_logits(hidden, self._merge(leaves).head_weight(), **model.numerics.ops)
-            tokens = sample(logits, positions, sampling)
+            tokens = sample(logits, positions, seed, sampling)
             return tokens, jnp.take_along_axis(logits, tokens[:, None], axis=1)[:, 0] - total
 
-        def step(leaves, tokens, positions, cache, sampling, may_fold):
+        def step(leaves, tokens, positions, cache, seed, sampling, may_fold):
             output = self._merge(leaves)(tokens[:, None], positions[:, None], cache, may_fold=may_fold)
             after = jnp.where(positions >= 0, positions + 1, -1)
-            tokens, logprobs = choose(leaves, output.hidden[:, 0], after, sampling)
+            tokens, logprobs = choose(leaves, output.hidden[:, 0], after, seed, sampling)
             return tokens, logprobs, after, output.cache
 
         self._piece = numerics.jit(piece, model.numerics, donate_argnums=3)
-        self._choose = numerics.jit(choose, model.numerics, static_argnums=3)
-        self._step = numerics.jit(step, model.numerics, static_argnums=(4, 5), donate_argnums=3)
+        self._choose = numerics.jit(choose, model.numerics, static_argnums=4)
+        self._step = numerics.jit(step, model.numerics, static_argnums=(5, 6), donate_argnums=3)
 
     def _call(self, program: Any, *args: Any, static: tuple[Any, ...] = ()) -> Any:
         """The program's result, compiled for these shapes and static arguments on first use."""
@@ -113,15 +113,15 @@ class Decoder:
             cache, hidden = self._call(self._piece, tokens, positions, cache, hidden)
         return cache, hidden
 
-    def first_tokens(self, hidden: Any, positions: Sequence[int] | np.ndarray, sampling: Sampling) -> Step:
+    def first_tokens(self, hidden: Any, positions: Sequence[int] | np.ndarray, sampling: Sampling, seed: int = 0) -> Step:
         """Return the tokens at these positions, after the hidden states of the tokens before."""
-        tokens, logprobs = self._call(self._choose, hidden, np.asarray(positions, np.int32), static=(sampling,))
+        tokens, logprobs = self._call(self._choose, hidden, np.asarray(positions, np.int32), np.uint32(seed), static=(sampling,))
         return Step(np.asarray(tokens), np.asarray(logprobs))
 
-    def step(self, tokens: np.ndarray, positions: np.ndarray, cache: Cache, sampling: Sampling) -> tuple[Step, Cache]:
+    def step(self, tokens: np.ndarray, positions: np.ndarray, cache: Cache, sampling: Sampling, seed: int = 0) -> tuple[Step, Cache]:
         """Return the tokens after these ones, at positions one further, and the cache; a slot with position -1 rests."""
         may_fold = bool(((positions + 1) % self.model.config.chunk_size == 0).any())
-        tokens, logprobs, _, cache = self._call(self._step, tokens, positions, cache, static=(sampling, may_fold))
+        tokens, logprobs, _, cache = self._call(self._step, tokens, positions, cache, np.uint32(seed), static=(sampling, may_fold))
         return Step(np.asarray(tokens), np.asarray(logprobs)), cache
 
 
@@ -172,8 +172,11 @@ class Generation:
         *,
         max_tokens: int,
         sampling: Sampling,
+        seed: int,
         stops: Sequence[str],
     ):
+        if not 0 <= seed < 1 << 32:
+            raise ValueError(f"seed must be from 0 to {(1 << 32) - 1}, not {seed}")
         limit, vocab = decoder.model.config.num_positions, decoder.model.config.vocab_size
         for prompt in prompts:
             if not prompt:
@@ -186,7 +189,7 @@ class Generation:
             if max(prompt) >= vocab:
                 raise ValueError(f"token {max(prompt)} is outside the model's vocabulary of {vocab}")
         self.decoder, self.tokenizer, self.prompts = decoder, tokenizer, prompts
-        self.max_tokens, self.sampling, self.stops = max_tokens, sampling, stops
+        self.max_tokens, self.sampling, self.seed, self.stops = max_tokens, sampling, seed, stops
         self.timing = Timing(0, 0.0, 0, 0.0)
 
     def __iter__(self) -> Iterator[Piece]:
@@ -200,7 +203,7 @@ class Generation:
         started = clock()
         cache = self.decoder.init_cache(len(prompts), bucket(int(lengths.max()) + self.max_tokens))
         cache, hidden = self.decoder.prefill(prompts, cache)
-        step = self.decoder.first_tokens(hidden, lengths, self.sampling)
+        step = self.decoder.first_tokens(hidden, lengths, self.sampling, self.seed)
         prefill_seconds, started = clock() - started, clock()
         replies = [_Reply(self.tokenizer, self.stops) for _ in prompts]
         live, positions, decoded = np.ones(len(prompts), bool), lengths.copy(), 0
@@ -215,7 +218,8 @@ class Generation:
                 yield Piece(offset + int(slot), text, token, float(step.logprobs[slot]), not live[slot])
             if not live.any():
                 break
-            step, cache = self.decoder.step(step.tokens, np.where(live, positions, -1).astype(np.int32), cache, self.sampling)
+            at = np.where(live, positions, -1).astype(np.int32)
+            step, cache = self.decoder.step(step.tokens, at, cache, self.sampling, self.seed)
             positions, decoded = positions + 1, decoded + int(live.sum())
         a = self.timing
         decode_seconds = clock() - started

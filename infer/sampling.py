@@ -4,7 +4,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, UInt32
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -14,7 +14,6 @@ class Sampling:
     temperature: float = 0.6
     top_k: int = 0
     top_p: float = 1.0
-    seed: int = 0
 
     def __post_init__(self):
         if not 0 <= self.temperature < float("inf"):
@@ -25,7 +24,7 @@ class Sampling:
             raise ValueError(f"top-p must be above 0 and at most 1, not {self.top_p}")
 
 
-def sample(logits: Float[Array, "B vocab"], positions: Int[Array, " B"], sampling: Sampling) -> Int[Array, " B"]:
+def sample(logits: Float[Array, "B vocab"], positions: Int[Array, " B"], seed: UInt32[Array, ""], sampling: Sampling) -> Int[Array, " B"]:
     """Return one token a row for the given positions.
 
     The noise of a row depends on the seed and the row's position alone: a prompt gives the same text in any slot of any batch.
@@ -33,7 +32,8 @@ def sample(logits: Float[Array, "B vocab"], positions: Int[Array, " B"], samplin
     if sampling.temperature == 0:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
     logits = truncate(logits / sampling.temperature, sampling)
-    noise = jax.vmap(lambda p: jax.random.gumbel(jax.random.fold_in(jax.random.key(sampling.seed), p), logits.shape[-1:]))(positions)
+    key = jax.random.key(seed)
+    noise = jax.vmap(lambda p: jax.random.gumbel(jax.random.fold_in(key, p), logits.shape[-1:]))(positions)
     return jnp.argmax(logits + noise, axis=-1).astype(jnp.int32)
 
 

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 CACHE_BYTES = 64 << 20
 """Inputs that rotate are larger than this together, as far as MAX_COPIES reaches, so that no run finds its inputs in the cache."""
@@ -50,7 +51,7 @@ def interleaved(runs: Mapping[Any, Callable[[int], Any]], seconds: float) -> dic
     return times
 
 
-def ceilings(dtype: jnp.dtype, seconds: float) -> tuple[float, float]:
+def ceilings(dtype: DTypeLike, seconds: float) -> tuple[float, float]:
     """Return the most bytes/s of a copy or a read and the most FLOP/s of a product of this dtype, measured here and now.
 
     The best of several sizes and of all runs: nothing should exceed a ceiling.
@@ -121,7 +122,7 @@ def measure(problem: Problem, dtype: str, seconds: float) -> Iterator[dict[str, 
             }
 
 
-def main(op: str, problems: Callable[[jnp.dtype, bool], Iterator[Problem]]) -> None:
+def main(op: str, problems: Callable[[DTypeLike, bool], Iterator[Problem]]) -> None:
     """Run an op's benchmark from the command line: `--quick` for the small cases in fp32, `--json FILE` for the records."""
     parser = argparse.ArgumentParser(prog=f"python -m pallas_kernels.{op}.bench", description=f"Time {op} beside its peers.")
     parser.add_argument("--json", metavar="FILE", help="also write the records to FILE")

@@ -4,7 +4,6 @@ import functools
 import json
 import pathlib
 from collections.abc import Callable, Iterable, Sequence
-from typing import Self
 
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
@@ -33,12 +32,12 @@ class Tokenizer:
         self.eos_id: int | None = self.eos_ids[0] if self.eos_ids else None
 
     @classmethod
-    def from_json(cls, text: str) -> Self:
+    def from_json(cls, text: str) -> "Tokenizer":
         """Returns the tokenizer that the text of a tokenizer.json describes; ValueError if it describes none."""
         return cls(_parse(text, "tokenizer.json"))
 
     @classmethod
-    def from_file(cls, path: str | pathlib.Path) -> Self:
+    def from_file(cls, path: str | pathlib.Path) -> "Tokenizer":
         """Returns the tokenizer of a tokenizer.json, or of a folder that holds one; ValueError naming the path otherwise.
 
         A tokenizer_config.json (`eos_token`) and a generation_config.json (`eos_token_id`) beside it may name more `eos_ids`.
@@ -53,12 +52,12 @@ class Tokenizer:
         return cls(tokenizer, [id for id in ids if isinstance(id, int) and tokenizer.id_to_token(id) is not None])
 
     @classmethod
-    def bytes(cls) -> Self:
+    def bytes(cls) -> "Tokenizer":
         """Returns the tokenizer of plain UTF-8 bytes: ids 0..255 are the bytes, 256 is `<|endoftext|>`."""
         return cls(_byte_level([]))
 
     @classmethod
-    def train(cls, texts: Iterable[str], vocab_size: int) -> Self:
+    def train(cls, texts: Iterable[str], vocab_size: int) -> "Tokenizer":
         """Returns a byte-level BPE of at most `vocab_size` ids learnt from `texts`, the same for the same texts.
 
         Ids 0..256 are those of `bytes()`; the merges follow in the order learnt. It has fewer ids than asked when the texts

@@ -1,8 +1,17 @@
-"""What all tests share: one compilation cache, so that a program that several tests or processes need is compiled once."""
+"""What all tests share: signatures checked against the arrays they get, and one compilation cache for all tests and processes."""
 
 import os
 import pathlib
 import tempfile
+
+from jaxtyping import install_import_hook
+
+_root = pathlib.Path(__file__).parent.parent
+# ring_jax.config checks its own values, and the tests give it bad ones.
+_checked = [f"ring_jax.{path.stem}" for path in (_root / "ring_jax").glob("*.py") if path.stem not in ("__init__", "config")]
+_checker = "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"  # the tower: an int is a float
+install_import_hook(["pallas_kernels", "ring_jax.train", "ring_jax.infer", *_checked], _checker)
+
 
 _cache = pathlib.Path(os.environ.setdefault("RING_JAX_TEST_CACHE", tempfile.mkdtemp(prefix="ring-jax-test-")))
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_cache / "xla"))

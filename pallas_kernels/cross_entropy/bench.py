@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from pallas_kernels.benchmark import Problem, main
 from pallas_kernels.cross_entropy import reference, token_logprobs
@@ -24,7 +25,7 @@ IMPLEMENTATIONS = {
 }
 
 
-def problems(dtype: jnp.dtype, quick: bool) -> Iterator[Problem]:
+def problems(dtype: DTypeLike, quick: bool) -> Iterator[Problem]:
     """Yield the cases of the benchmark; the backward's FLOPs do not count the logits that the fused form computes again."""
     for name, case in BENCH_CASES.items():
         if quick:

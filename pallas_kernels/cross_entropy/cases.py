@@ -5,6 +5,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 
 class Case(NamedTuple):
@@ -26,7 +27,7 @@ TEST_CASES = {
 BENCH_CASES = {"demo": Case(4096, 256, 4096), "wide": Case(1024, 512, 8192)}
 
 
-def inputs(case: Case, dtype: jnp.dtype, seed: int = 0) -> tuple[jax.Array, jax.Array, jax.Array]:
+def inputs(case: Case, dtype: DTypeLike, seed: int = 0) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Return random hidden [N, D], w [D, vocab] and targets [N]; logits have a standard deviation of 2."""
     rng = np.random.default_rng(seed)
     hidden = jnp.asarray(2 * rng.standard_normal((case.N, case.D)), dtype)

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from pallas_kernels.benchmark import Problem, main
 from pallas_kernels.flash_attention import flash_attention, reference
@@ -23,7 +24,7 @@ IMPLEMENTATIONS = {
 }
 
 
-def problems(dtype: jnp.dtype, quick: bool) -> Iterator[Problem]:
+def problems(dtype: DTypeLike, quick: bool) -> Iterator[Problem]:
     """Yield the cases of the benchmark; the FLOPs are those of the causal half of the scores."""
     for name, case in BENCH_CASES.items():
         if quick and case.T > 1024:

@@ -5,6 +5,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from pallas_kernels import GRID
 
@@ -55,7 +56,7 @@ def bounds(case: Case) -> tuple[np.ndarray, np.ndarray]:
     return start, stop
 
 
-def inputs(case: Case, dtype: jnp.dtype, seed: int = 0) -> Inputs:
+def inputs(case: Case, dtype: DTypeLike, seed: int = 0) -> Inputs:
     """Return random queries, keys and values under a causal mask."""
     rng = np.random.default_rng(seed)
     normal = lambda heads, size: jnp.asarray(rng.standard_normal((case.B, case.T, heads, size)), dtype)

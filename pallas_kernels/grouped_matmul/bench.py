@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.typing import DTypeLike
 
 from pallas_kernels.benchmark import Problem, main
 from pallas_kernels.grouped_matmul import gather_groups, group_rows, grouped_matmul, row_tile_for, scatter_groups
@@ -46,7 +47,7 @@ IMPLEMENTATIONS = {
 }
 
 
-def problems(dtype: jnp.dtype, quick: bool) -> Iterator[Problem]:
+def problems(dtype: DTypeLike, quick: bool) -> Iterator[Problem]:
     """Yield the cases of the benchmark; the bytes count the matrices of the experts that have rows."""
     for name, case in BENCH_CASES.items():
         if quick and case.N > 64:

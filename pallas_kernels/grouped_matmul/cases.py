@@ -5,6 +5,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 
 class Case(NamedTuple):
@@ -53,7 +54,7 @@ def experts(case: Case, seed: int = 0) -> np.ndarray:
     return chosen.astype(np.int32)
 
 
-def inputs(case: Case, dtype: jnp.dtype, seed: int = 0) -> tuple[jax.Array, jax.Array, jax.Array]:
+def inputs(case: Case, dtype: DTypeLike, seed: int = 0) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Return random x [N, D], w [E, D, F] and the experts [N, A]; the products' entries are of order 1."""
     rng = np.random.default_rng(seed)
     x = jnp.asarray(rng.standard_normal((case.N, case.D)), dtype)

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.typing import DTypeLike
 
 from pallas_kernels.benchmark import Problem, main
 from pallas_kernels.lightning_attention import lightning_attention, reference
@@ -49,7 +50,7 @@ def op(q, k, v, log_decay, case: Case, aligned: bool):
     return lightning_attention(q, k, v, log_decay, chunk_size=case.C, aligned=aligned)[0]
 
 
-def problems(dtype: jnp.dtype, quick: bool) -> Iterator[Problem]:
+def problems(dtype: DTypeLike, quick: bool) -> Iterator[Problem]:
     """Yield the cases of the benchmark; the FLOPs are those of the chunked form."""
     for name, case in BENCH_CASES.items():
         if quick and case.T > 1024:

@@ -5,6 +5,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from pallas_kernels import GRID
 
@@ -51,7 +52,7 @@ class Inputs(NamedTuple):
     reset: jax.Array | None
 
 
-def inputs(case: Case, dtype: jnp.dtype, seed: int = 0) -> Inputs:
+def inputs(case: Case, dtype: DTypeLike, seed: int = 0) -> Inputs:
     """Return random inputs; log_decay is minus the ALiBi slopes, and documents start at multiples of GRID, elsewhere in each row."""
     rng = np.random.default_rng(seed)
     normal = lambda *shape: jnp.asarray(rng.standard_normal(shape), dtype)

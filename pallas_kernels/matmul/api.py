@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from pallas_kernels import dispatch
@@ -21,7 +21,7 @@ def matmul(
     w: Float[Array, "D F"],
     *,
     aligned: bool = False,
-    out_dtype: jnp.dtype | None = None,
+    out_dtype: DTypeLike | None = None,
     implementation: str = "auto",
 ) -> Float[Array, "*rows F"]:
     """Return x @ w accumulated in fp32, cast once to `out_dtype` (default: that of x).

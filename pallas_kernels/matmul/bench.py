@@ -5,6 +5,7 @@ import math
 from collections.abc import Iterator
 
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from pallas_kernels.benchmark import Problem, main
 from pallas_kernels.matmul import matmul, reference
@@ -17,7 +18,7 @@ IMPLEMENTATIONS = {
 }
 
 
-def problems(dtype: jnp.dtype, quick: bool) -> Iterator[Problem]:
+def problems(dtype: DTypeLike, quick: bool) -> Iterator[Problem]:
     """Yield the cases of the benchmark."""
     for name, case in BENCH_CASES.items():
         num = math.prod(case.rows)

@@ -5,6 +5,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 
 class Case(NamedTuple):
@@ -27,7 +28,7 @@ TEST_CASES = {
 BENCH_CASES = {f"N{num}": Case((num,), 1024, 1024) for num in (1, 16, 64, 1024, 4096)} | {"router": Case((4096,), 1024, 8)}
 
 
-def inputs(case: Case, dtype: jnp.dtype, seed: int = 0) -> tuple[jax.Array, jax.Array]:
+def inputs(case: Case, dtype: DTypeLike, seed: int = 0) -> tuple[jax.Array, jax.Array]:
     """Return random x [*rows, D] and w [D, F]; the product's entries are of order 1."""
     rng = np.random.default_rng(seed)
     x = rng.standard_normal((*case.rows, case.D))

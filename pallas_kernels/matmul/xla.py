@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import DTypeLike
 
 from pallas_kernels.compat import dot_general, pin
 from pallas_kernels.matmul import tile
@@ -51,7 +52,7 @@ def row_tiled(f: Callable, rows: Sequence[jax.Array], weights: Sequence[jax.Arra
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _product(x: jax.Array, w: jax.Array, out_dtype: jnp.dtype) -> jax.Array:
+def _product(x: jax.Array, w: jax.Array, out_dtype: DTypeLike) -> jax.Array:
     return map_row_tiles(lambda t: tile.product(t, w).astype(out_dtype), x)
 
 
@@ -71,7 +72,7 @@ def _backward(out_dtype, residuals, dy):
 _product.defvjp(_forward, _backward)
 
 
-def matmul(x: jax.Array, w: jax.Array, *, aligned: bool, out_dtype: jnp.dtype) -> jax.Array:
+def matmul(x: jax.Array, w: jax.Array, *, aligned: bool, out_dtype: DTypeLike) -> jax.Array:
     """Return x [..., D] @ w [D, F], accumulated in fp32, as `out_dtype`."""
     rows = x.reshape(-1, x.shape[-1])
     y: Any = _product(rows, w, out_dtype) if aligned else tile.product(rows, w).astype(out_dtype)

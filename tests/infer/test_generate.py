@@ -18,12 +18,13 @@ from tests.ring_jax.models import SMALL, same_bits, write_hf
 from tests.ring_jax.numpy_ring import random_tensors
 
 GREEDY = Sampling(temperature=0)
-RANDOM = Sampling(temperature=0.9, top_k=50, top_p=0.95, seed=3)
+RANDOM = Sampling(temperature=0.9, top_k=50, top_p=0.95)
+SEED = 3
 PROMPTS = [list(b"def f(x):"), list(b"a"), list(b"class Ring: # a longer prompt than the others, of more than a chunk of tokens.")]
 NEW = 24
 
 
-class Scripted:
+class Scripted(Decoder):
     """A decoder that gives the tokens it is told, one row a prompt; None once a row is over, which nobody may ask for."""
 
     def __init__(self, *rows, stop_tokens=()):
@@ -43,10 +44,10 @@ class Scripted:
         self.at += 1
         return Step(tokens, -tokens.astype(np.float32))
 
-    def first_tokens(self, hidden, positions, sampling):
+    def first_tokens(self, hidden, positions, sampling, seed):
         return self._step()
 
-    def step(self, tokens, positions, cache, sampling):
+    def step(self, tokens, positions, cache, sampling, seed):
         self.rested.append(np.flatnonzero(positions < 0).tolist())
         assert (positions < cache).all()
         return self._step(), cache
@@ -66,7 +67,7 @@ def scripted(text: str | list[int], stops=(), max_tokens=100, **options):
     """Return the pieces of text of a scripted reply."""
     tokens = list(text.encode()) if isinstance(text, str) else text
     generation = Generation(
-        Scripted(tokens, **options), Tokenizer.bytes(), [[1]], max_tokens=min(max_tokens, len(tokens)), sampling=GREEDY, stops=stops
+        Scripted(tokens, **options), Tokenizer.bytes(), [[1]], max_tokens=min(max_tokens, len(tokens)), sampling=GREEDY, seed=0, stops=stops
     )
     return [piece.text for piece in replies(generation)[0]]
 
@@ -120,7 +121,7 @@ def test_stop_string_ends_the_reply_early():
 def test_stop_string_inside_one_token():
     tokenizer = Tokenizer.train(["stop here " * 50], 270)
     (token,) = tokenizer.encode("stop")
-    generation = Generation(Scripted([97, token, 98]), tokenizer, [[1]], max_tokens=3, sampling=GREEDY, stops=["to"])
+    generation = Generation(Scripted([97, token, 98]), tokenizer, [[1]], max_tokens=3, sampling=GREEDY, seed=0, stops=["to"])
     assert [piece.text for piece in replies(generation)[0]] == ["a", "s"]
 
 
@@ -138,11 +139,11 @@ def test_max_tokens():
 
 def test_slots_end_alone():
     decoder = Scripted(list(b"ab"), [97, 258], list(b"abcdef"), stop_tokens=(258,))
-    generation = Generation(decoder, Tokenizer.bytes(), [[1], [1, 2], [3]], max_tokens=6, sampling=GREEDY, stops=["b"])
+    generation = Generation(decoder, Tokenizer.bytes(), [[1], [1, 2], [3]], max_tokens=6, sampling=GREEDY, seed=0, stops=["b"])
     texts = ["".join(piece.text for piece in pieces) for pieces in replies(generation, 3)]
     assert texts == ["a", "a", "a"]
     decoder = Scripted([97, 258], list(b"abcdef"), stop_tokens=(258,))
-    generation = Generation(decoder, Tokenizer.bytes(), [[1], [1]], max_tokens=6, sampling=GREEDY, stops=[])
+    generation = Generation(decoder, Tokenizer.bytes(), [[1], [1]], max_tokens=6, sampling=GREEDY, seed=0, stops=[])
     assert ["".join(p.text for p in pieces) for pieces in replies(generation, 2)] == ["a", "abcdef"]
     assert decoder.rested == [[], [0], [0], [0], [0]], "a finished slot rests"
     assert generation.timing.decode_tokens == 6
@@ -152,8 +153,8 @@ def test_slots_end_alone():
 # The model.
 
 
-def generate(model, prompts, sampling, max_tokens=NEW) -> list[tuple[list[int], np.ndarray]]:
-    generation = Generation(model.decoder, model.tokenizer, prompts, max_tokens=max_tokens, sampling=sampling, stops=[])
+def generate(model, prompts, sampling, max_tokens=NEW, seed=SEED) -> list[tuple[list[int], np.ndarray]]:
+    generation = Generation(model.decoder, model.tokenizer, prompts, max_tokens=max_tokens, sampling=sampling, seed=seed, stops=[])
     return [([p.token for p in pieces], np.array([p.logprob for p in pieces], np.float32)) for pieces in replies(generation, len(prompts))]
 
 
@@ -173,9 +174,10 @@ def test_same_text_in_any_batch(model, together, sampling):
 
 def test_seed(model, together):
     assert together[RANDOM][0][0] != together[GREEDY][0][0]
-    # Prefill is compiled; the steps of another seed would be: one token tells.
-    firsts = {generate(model, PROMPTS, dataclasses.replace(RANDOM, seed=s), 1)[2][0][0] for s in range(4)}
-    assert len(firsts) > 1
+    compiled = model.decoder.compile_seconds
+    texts = {tuple(generate(model, PROMPTS, RANDOM, seed=seed)[2][0]) for seed in range(4)}
+    assert len(texts) > 1
+    assert model.decoder.compile_seconds == compiled, "the seed is an input of the program"
 
 
 @pytest.mark.parametrize("sampling", [GREEDY, RANDOM], ids=["greedy", "random"])
@@ -196,7 +198,7 @@ def test_greedy_takes_the_likeliest(model, together):
 
 def test_prompt_in_pieces(model):
     """A prompt longer than a piece leaves the state it leaves at once."""
-    prompt = list(np.random.default_rng(0).integers(32, 127, 200))
+    prompt = np.random.default_rng(0).integers(32, 127, 200).tolist()
     decoder, cache = model.decoder, lambda: model.decoder.init_cache(1, 256)
     _, once = decoder.prefill([prompt], cache())
     _, pieces = decoder.prefill([prompt], cache(), piece=128)
@@ -224,7 +226,7 @@ def test_bucket():
 
 def test_errors_before_anything_runs(model):
     def start(prompts, max_tokens=10):
-        return Generation(model.decoder, model.tokenizer, prompts, max_tokens=max_tokens, sampling=GREEDY, stops=[])
+        return Generation(model.decoder, model.tokenizer, prompts, max_tokens=max_tokens, sampling=GREEDY, seed=0, stops=[])
 
     with pytest.raises(ValueError, match="an empty prompt"):
         start([[1], []])
@@ -251,7 +253,7 @@ def run(capsys, *arguments) -> tuple[int, str, str]:
 def test_command(model, together, capsys, tmp_path):
     """One prompt streams its text; a file gives a line of JSON a prompt, in order; both say the speed on stderr."""
     options = ("--checkpoint", model.folder, "--max-tokens", NEW, "--temperature", RANDOM.temperature, "--top-k", RANDOM.top_k)
-    options += ("--top-p", RANDOM.top_p, "--seed", RANDOM.seed)
+    options += ("--top-p", RANDOM.top_p, "--seed", SEED)
     texts = [bytes(prompt).decode() for prompt in PROMPTS]
     replies = [model.tokenizer.decode(tokens) for tokens, _ in together[RANDOM]]
     file = tmp_path / "prompts.jsonl"
@@ -319,6 +321,7 @@ def mistakes(folder, tmp_path):
     yield (*checkpoint, "--prompt", "a", "--temperature", -1), "temperature must be at least 0, not -1.0"
     yield (*checkpoint, "--prompt", "a", "--top-p", 2), "top-p must be above 0 and at most 1, not 2.0"
     yield (*checkpoint, "--prompt", "a", "--max-tokens", 0), "max-tokens must be at least 1, not 0"
+    yield (*checkpoint, "--prompt", "a", "--seed", -1), f"seed must be from 0 to {(1 << 32) - 1}, not -1"
     yield (*checkpoint, "--prompt", "a", "--max-tokens", "many"), "invalid int value: 'many'"
     yield (*checkpoint, "--prompt", "a", "--precision", "fp8"), "invalid choice: 'fp8'"
     yield (*checkpoint, "--prompt", "a", "--colour", "blue"), "--colour"

@@ -1,6 +1,7 @@
 """The mistakes that other implementations of this model made: ours differs from each of them and agrees with the equations."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -147,7 +148,7 @@ def test_dropped_groups_of_negative_scores():
     """A bias may make every score negative; a dropped group must not win with a zero."""
     router = MoE(SMALL, Numerics(), rngs=nnx.Rngs(0))
     ranked = np.random.default_rng(1).uniform(-3, -1, (5, 40, SMALL.num_experts)).astype(np.float32)
-    ours = np.asarray(router.choose(ranked)).reshape(-1, SMALL.num_active_experts)
+    ours = np.asarray(router.choose(jnp.asarray(ranked))).reshape(-1, SMALL.num_active_experts)
     exact, mistaken = (np.array([twin(SMALL, {}).choose(row) for row in ranked.reshape(-1, 8)]) for twin in (Twin, DroppedAtZero))
     np.testing.assert_array_equal(ours, exact)
     assert (np.sort(ours) != np.sort(mistaken)).any(-1).all()
@@ -157,7 +158,7 @@ def test_equal_scores_go_to_the_lower_expert():
     router = MoE(SMALL, Numerics(), rngs=nnx.Rngs(0))
     ranked = np.random.default_rng(2).integers(0, 3, (200, 1, SMALL.num_experts)).astype(np.float32)
     exact = [Twin(SMALL, {}).choose(row) for row in ranked[:, 0]]
-    np.testing.assert_array_equal(np.asarray(router.choose(ranked))[:, 0], exact)
+    np.testing.assert_array_equal(np.asarray(router.choose(jnp.asarray(ranked)))[:, 0], exact)
 
 
 def test_trailing_layers_are_softmax(golden):
