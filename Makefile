@@ -17,7 +17,7 @@ $(VENV)/.made: pyproject.toml
 	touch $@
 
 demo: env  ## train a small hybrid on real text, draw the loss, generate from it
-	$(BIN)/python -m ring_jax.train --output runs/demo --overwrite --precision fp32 --batch-size 32 --steps 420 --optimizer.schedule linear
+	$(BIN)/python -m ring_jax.train --output runs/demo --overwrite --precision fp32 --batch-size 32 --steps 600 --optimizer.schedule linear --optimizer.balance_rate 0.01
 	$(BIN)/python -m ring_jax.infer --checkpoint runs/demo --prompt 'def __init__(self, ' --max-tokens 160
 	@echo 'The loss curve: runs/demo/loss.png'
 

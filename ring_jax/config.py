@@ -165,6 +165,7 @@ PRESETS: dict[str, ModelConfig] = {
         num_expert_groups=4,
         num_active_expert_groups=2,
         max_positions=4096,
+        init_scale=0.05,
     ),
     "bench-140m": ModelConfig(
         vocab_size=8192,

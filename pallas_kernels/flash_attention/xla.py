@@ -11,7 +11,7 @@ from pallas_kernels import GRID
 from pallas_kernels.compat import pin
 from pallas_kernels.flash_attention import tile
 
-ALIGNED_ROWS = 16
+ALIGNED_ROWS = 32
 """Query rows of a tile (positions x query heads of a key head) in aligned numerics; a decode step pays for this many."""
 KEY_BLOCK = GRID
 FAST_POSITIONS = 128

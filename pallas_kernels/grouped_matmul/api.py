@@ -33,11 +33,11 @@ class Groups(NamedTuple):
 
 
 def row_tile_for(num_rows: int, num_groups: int, *, aligned: bool) -> int:
-    """Return the rows of a tile: one size in aligned numerics, else near the mean load of a group."""
+    """Return the rows of a tile: one size in aligned numerics, else about a quarter of a group's mean load, so that little is padding."""
     if aligned:
         return tile.EXPERT_TILE
     load = max(1, num_rows // num_groups)
-    return min(tile.LARGEST_TILE, 1 << (load - 1).bit_length())
+    return min(max(tile.SMALLEST_TILE, (1 << (load - 1).bit_length()) // 4), tile.LARGEST_TILE)
 
 
 def group_rows(group: Int[Array, " M"], num_groups: int, row_tile: int) -> Groups:

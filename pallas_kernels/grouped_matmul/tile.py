@@ -6,8 +6,8 @@ from pallas_kernels.compat import dot_general
 
 EXPERT_TILE = 16
 """Rows of a tile in aligned numerics, whatever the load; a decode step pays for this many a chosen expert."""
-LARGEST_TILE = 256
-"""Rows of a tile in fast numerics at high load."""
+SMALLEST_TILE, LARGEST_TILE = 8, 256
+"""Rows of a tile in fast numerics, at low and at high load."""
 
 
 def product(x: jax.Array, w: jax.Array) -> jax.Array:

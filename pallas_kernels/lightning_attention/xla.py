@@ -19,7 +19,7 @@ from pallas_kernels.compat import pin
 from pallas_kernels.lightning_attention import tile
 from pallas_kernels.lightning_attention.tile import product
 
-QUERY_TILE = 16
+QUERY_TILE = 8
 """Rows of q a tile computes in aligned numerics: a decode step pays for this many rows, so it is smaller than a chunk."""
 
 

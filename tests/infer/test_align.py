@@ -5,17 +5,18 @@ import json
 import subprocess
 import sys
 import textwrap
-from types import SimpleNamespace
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from ring_jax import checkpoint
 from ring_jax.infer import align
 from ring_jax.infer.__main__ import main
 from ring_jax.model import Ring
 from ring_jax.numerics import Table, name
+from ring_jax.scoring import host_batch
 from tests.ring_jax.models import GOLDEN, SMALL, write_hf
 from tests.ring_jax.numpy_ring import random_tensors
 
@@ -216,7 +217,6 @@ def test_command_names_a_difference(folder, monkeypatch, capsys, tmp_path):
 def test_difference_that_tapping_hides():
     """Where the tapped programs agree, operators are looked at one by one, and the answer says so."""
     labels = ["mixer_norm", "qkv", "gate"]
-    model = SimpleNamespace(config=CONFIG)
 
     def values(wanted, off=0.0):
         taken = [(1, label) for index, label in enumerate(labels) if wanted(index)]
@@ -226,8 +226,15 @@ def test_difference_that_tapping_hides():
     def variant(off):
         return align.Variant("decode", [[1, 2, 3]], lambda ds: [], lambda ds, wanted: align._per_document(values(wanted, off), ds))
 
-    fake = SimpleNamespace(train=lambda batch, wanted: (None, values(wanted)), stacked=model)
-    search = lambda off: align.search(fake, [[1, 2, 3]], None, variant(off))
+    class Fake(align.Programs):
+        def __init__(self):
+            self.stacked = nnx.eval_shape(lambda: Ring(CONFIG, rngs=nnx.Rngs(0)))
+
+        def train(self, batch, wanted=None):
+            return None, values(wanted)
+
+    batch = host_batch(np.ones((1, 4), np.int32), np.arange(4, dtype=np.int32)[None])
+    search = lambda off: align.search(Fake(), [[1, 2, 3]], batch, variant(off))
     assert search(PLANTED) == "layer 1 (linear), qkv, document 0 position 0 (differs only untapped)"
     assert search(0.0) == "differs only untapped; no single operator shows it"
 
