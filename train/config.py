@@ -71,7 +71,7 @@ class EvalConfig:
     """Steps between evaluations; 0 for none. The last step always evaluates."""
     batches: int = 4
     """Batches of held-out text an evaluation reads (at most; the same ones each time)."""
-    fraction: float = 0.01
+    fraction: float = 0.02
     """Share of the documents held out."""
 
     def __post_init__(self):

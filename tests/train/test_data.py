@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from pallas_kernels import GRID
 from ring_jax.tokenizer import Tokenizer
-from ring_jax.train import data
+from ring_jax.train import data, sources, token_store
 from ring_jax.train.data import Batches, Spans, TokenDataset, load_data
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -44,7 +44,7 @@ def write_array_record(path, records):
 
 def documents(path, cache, tokenizer=BYTES):
     """The token lists of the documents of one source, in order."""
-    store = data.tokenize(data.open_source(str(path)), tokenizer, cache)
+    store = token_store.tokenize(sources.open_source(str(path)), tokenizer, cache)
     return [store.tokens[start:stop].tolist() for start, stop in itertools.pairwise(store.offsets.tolist())]
 
 
@@ -126,30 +126,30 @@ def test_folders_are_walked_in_order(tmp_path):
 
 
 def test_long_documents_are_streamed_whole(tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "PIECE_CHARS", 10)
-    monkeypatch.setattr(data, "GROUP_CHARS", 25)
+    monkeypatch.setattr(sources, "PIECE_CHARS", 10)
+    monkeypatch.setattr(token_store, "GROUP_CHARS", 25)
     texts = ["line one\nline two is long\n\nend", "é" * 95, "short"]
     write_jsonl(tmp_path / "a.jsonl", [{"text": text} for text in texts])
     (tmp_path / "long.txt").write_text(texts[0])
-    pieces = list(data.read_pieces(tmp_path / "a.jsonl"))
+    pieces = list(sources.read_pieces(tmp_path / "a.jsonl"))
     assert max(len(piece) for piece in pieces if piece is not None) <= 10
     assert documents(tmp_path / "a.jsonl", tmp_path / "cache") == expected(texts)
     assert documents(tmp_path / "long.txt", tmp_path / "cache") == expected(texts[:1])
 
 
 def test_pieces_do_not_change_the_tokens(tmp_path, monkeypatch):
-    text = pathlib.Path(data.__file__).read_text(encoding="utf-8")
+    text = pathlib.Path(sources.__file__).read_text(encoding="utf-8")
     tokenizer = Tokenizer.train([text], 1000)
-    monkeypatch.setattr(data, "PIECE_CHARS", 1000)
+    monkeypatch.setattr(sources, "PIECE_CHARS", 1000)
     (tmp_path / "data.py").write_text(text, encoding="utf-8")
-    assert len(list(data.read_pieces(tmp_path / "data.py"))) > 10
+    assert len(list(sources.read_pieces(tmp_path / "data.py"))) > 10
     assert documents(tmp_path / "data.py", tmp_path / "cache", tokenizer) == [[*tokenizer.encode(text), EOS]]
 
 
 def test_store_types_and_byte_counts(tmp_path):
     write_jsonl(tmp_path / "a.jsonl", [{"text": text} for text in TEXTS] + [{"tokens": list("é".encode())}])
-    source = data.open_source(str(tmp_path / "a.jsonl"))
-    store = data.tokenize(source, BYTES, tmp_path / "cache")
+    source = sources.open_source(str(tmp_path / "a.jsonl"))
+    store = token_store.tokenize(source, BYTES, tmp_path / "cache")
     assert isinstance(store.tokens, np.memmap)
     assert store.tokens.dtype == np.uint16
     assert store.num_bytes.tolist() == [len(text.encode()) for text in [*TEXTS, "é"]]
@@ -161,20 +161,20 @@ def test_store_types_and_byte_counts(tmp_path):
     del big["model"]["vocab"]["<|endoftext|>"]  # and without eos, documents end as they are
     tokenizer = Tokenizer.from_json(json.dumps(big))
     write_jsonl(tmp_path / "b.jsonl", [{"tokens": [100_000, 7]}, {"text": "a"}])
-    store = data.tokenize(data.open_source(str(tmp_path / "b.jsonl")), tokenizer, tmp_path / "cache")
+    store = token_store.tokenize(sources.open_source(str(tmp_path / "b.jsonl")), tokenizer, tmp_path / "cache")
     assert store.tokens.dtype == np.uint32
     assert store.tokens.tolist() == [100_000, 7, 97]
     assert store.offsets.tolist() == [0, 2, 3]
 
 
 def test_default_is_the_standard_library(tmp_path):
-    whole = data.stdlib_source(1 << 24)
+    whole = sources.stdlib_source(1 << 24)
     names = [str(file) for file in whole.files]
     assert any(name.endswith("/argparse.py") for name in names)
     assert not any(part in name for name in names for part in ("/site-packages/", "/test/", "/tests/", "/lib2to3/"))
     assert names == sorted(names)
-    small = data.stdlib_source(100_000)
-    assert small == data.stdlib_source(100_000)
+    small = sources.stdlib_source(100_000)
+    assert small == sources.stdlib_source(100_000)
     assert 50_000 < sum(file.stat().st_size for file in small.files) <= 100_000
     assert set(small.files) < set(whole.files)
     loaded = load([], tmp_path, tokenizer="train:300", stdlib_bytes=100_000)
@@ -189,13 +189,13 @@ def test_default_is_the_standard_library(tmp_path):
     [("a/b", "a/b", 1), ("a:2", "a", 2), ("a:b:0.25", "a:b", 0.25), ("a:b", "a:b", 1), ("C:x/y:1e-3", "C:x/y", 1e-3), ("a:", "a:", 1)],
 )
 def test_source_specs(spec, path, weight):
-    assert data.parse_source(spec) == (path, weight)
+    assert sources.parse_source(spec) == (path, weight)
 
 
 def test_a_file_whose_name_ends_like_a_weight(tmp_path):
     (tmp_path / "log:2024").write_text("text")
-    assert data.parse_source(str(tmp_path / "log:2024")) == (str(tmp_path / "log:2024"), 1)
-    assert data.parse_source(str(tmp_path / "log:2024:3")) == (str(tmp_path / "log:2024"), 3)
+    assert sources.parse_source(str(tmp_path / "log:2024")) == (str(tmp_path / "log:2024"), 1)
+    assert sources.parse_source(str(tmp_path / "log:2024:3")) == (str(tmp_path / "log:2024"), 3)
 
 
 # what is refused
@@ -322,7 +322,7 @@ def test_cache_is_reused_until_something_changes(folder, monkeypatch):
     first = load([source], folder)
     (entry,) = cache.iterdir()
     with monkeypatch.context() as patch:
-        patch.setattr(data, "read_pieces", lambda *_: pytest.fail("read again"))
+        patch.setattr(token_store, "read_pieces", lambda *_: pytest.fail("read again"))
         again = load([source], folder)
     equal(first.train.batch(3), again.train.batch(3))
     assert list(cache.iterdir()) == [entry]
@@ -357,7 +357,7 @@ def test_half_written_caches_are_never_read(folder):
 
 
 def test_two_processes_may_write_the_same_cache(folder, monkeypatch):
-    write = data._write_store
+    write = token_store._write_store
 
     def write_second(source, tokenizer, partial):
         final = partial.with_name(partial.name.split(".")[0])
@@ -365,17 +365,17 @@ def test_two_processes_may_write_the_same_cache(folder, monkeypatch):
         write(source, tokenizer, final)  # what the other process has done when this one is ready
         write(source, tokenizer, partial)
 
-    monkeypatch.setattr(data, "_write_store", write_second)
+    monkeypatch.setattr(token_store, "_write_store", write_second)
     load([folder / "many.jsonl"], folder)
     assert len(list((folder / "cache").iterdir())) == 1
 
 
 def test_default_cache_dir(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert data.default_cache_dir() == tmp_path / "ring_jax"
+    assert token_store.default_cache_dir() == tmp_path / "ring_jax"
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert data.default_cache_dir() == tmp_path / ".cache" / "ring_jax"
+    assert token_store.default_cache_dir() == tmp_path / ".cache" / "ring_jax"
 
 
 # the split
@@ -383,7 +383,7 @@ def test_default_cache_dir(monkeypatch, tmp_path):
 
 def store_of(lengths):
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-    return data.TokenStore(np.arange(offsets[-1]), offsets, 2 * np.asarray(lengths, np.int64))
+    return token_store.TokenStore(np.arange(offsets[-1]), offsets, 2 * np.asarray(lengths, np.int64))
 
 
 def indices(spans):
@@ -587,9 +587,9 @@ def test_an_error_in_the_thread_reaches_the_caller():
 def test_tokenizer_sample_covers_every_file(tmp_path):
     for name, letter in (("a.txt", "a"), ("b.txt", "b"), ("c.txt", "c")):
         (tmp_path / name).write_text((letter * 79 + "\n") * 40_000)
-    sources = [data.open_source(str(tmp_path / name)) for name in ("a.txt", "b.txt", "c.txt")]
-    texts = data.sample_texts(sources, 3_000_000)
-    assert texts == data.sample_texts(sources, 3_000_000)
+    opened = [sources.open_source(str(tmp_path / name)) for name in ("a.txt", "b.txt", "c.txt")]
+    texts = sources.sample_texts(opened, 3_000_000)
+    assert texts == sources.sample_texts(opened, 3_000_000)
     assert {text[0] for text in texts} == set("abc")
     assert 3_000_000 <= sum(map(len, texts)) < 4_000_000
 
