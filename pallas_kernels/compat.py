@@ -38,7 +38,7 @@ def dot_operand(x: jax.Array) -> jax.Array:
     XLA:CPU's own bf16 product differs between versions and shapes; products of bf16 values are exact in fp32, so there the operands
     are upcast. Everywhere else the matrix units take bf16 directly.
     """
-    return x.astype(jnp.float32) if jax.default_backend() == "cpu" else x
+    return x.astype(jnp.float32) if x.dtype == jnp.bfloat16 and jax.default_backend() == "cpu" else x
 
 
 def dot_general(a: jax.Array, b: jax.Array, contract: tuple, batch: tuple = ((), ())) -> jax.Array:

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.compat import dot_general
+from pallas_kernels.compat import dot_general, dot_operand
 
 
 def _for_each_group(tiles: jax.Array, body, init):
@@ -28,11 +28,12 @@ def _products(x, w, tiles, row_tile, contract):
 
         def one(t, out):
             y = dot_general(_rows(x, t, row_tile), matrix, ((1,), (contract,)))
-            return lax.dynamic_update_slice_in_dim(out, y.astype(x.dtype), t * row_tile, 0)
+            return lax.dynamic_update_slice_in_dim(out, dot_operand(y.astype(x.dtype)), t * row_tile, 0)
 
         return lax.fori_loop(first, end, one, out)
 
-    return _for_each_group(tiles, group, jnp.zeros((x.shape[0], w.shape[2 - contract]), x.dtype))
+    # What is written is of an operand's dtype: XLA:CPU converts a whole bf16 array to update a slice of it.
+    return _for_each_group(tiles, group, dot_operand(jnp.zeros((x.shape[0], w.shape[2 - contract]), x.dtype))).astype(x.dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
 
-from pallas_kernels.compat import dot_general, pin
+from pallas_kernels.compat import dot_general, dot_operand, pin
 from pallas_kernels.matmul import tile
 
 
@@ -26,12 +26,13 @@ def map_row_tiles(f: Callable, *rows: jax.Array, row_tile: int = tile.ROW_TILE) 
 
     def turn(index, out):
         y = pin(f(*pin([lax.dynamic_slice_in_dim(x, index * row_tile, row_tile) for x in rows])))
-        return jax.tree.map(lambda o, y: lax.dynamic_update_slice_in_dim(o, y, index * row_tile, 0), out, y)
+        return jax.tree.map(lambda o, y: lax.dynamic_update_slice_in_dim(o, dot_operand(y), index * row_tile, 0), out, y)
 
     one_tile = jax.eval_shape(f, *(jax.ShapeDtypeStruct((row_tile, *x.shape[1:]), x.dtype) for x in rows))
-    out = jax.tree.map(lambda y: jnp.zeros((num_tiles * row_tile, *y.shape[1:]), y.dtype), one_tile)
+    # XLA:CPU updates a slice of a bf16 array by converting the whole array there and back: what is written is of an operand's dtype.
+    out = jax.tree.map(lambda y: dot_operand(jnp.zeros((num_tiles * row_tile, *y.shape[1:]), y.dtype)), one_tile)
     out = lax.fori_loop(0, lax.optimization_barrier(jnp.int32(num_tiles)), turn, out)
-    return jax.tree.map(lambda y: y[:num_rows], out)
+    return jax.tree.map(lambda y, like: y[:num_rows].astype(like.dtype), out, one_tile)
 
 
 def row_tiled(f: Callable, rows: Sequence[jax.Array], weights: Sequence[jax.Array]) -> Any:
