@@ -4,6 +4,7 @@ import functools
 import json
 import pathlib
 from collections.abc import Callable, Iterable, Sequence
+from typing import SupportsIndex
 
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
@@ -93,7 +94,7 @@ class Tokenizer:
         """Returns the ids of each text, encoded in parallel."""
         return [encoding.ids for encoding in self._tokenizer.encode_batch(texts, add_special_tokens=False)]
 
-    def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
+    def decode(self, ids: Sequence[SupportsIndex], skip_special: bool = True) -> str:
         """Returns the text of `ids`: special tokens and unknown ids are left out, broken UTF-8 becomes U+FFFD."""
         return self._tokenizer.decode([int(id) for id in ids], skip_special_tokens=skip_special)
 

@@ -10,13 +10,13 @@ import dataclasses
 import itertools
 import pathlib
 from collections.abc import Generator, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
 from pallas_kernels import GRID
 from ring_jax.tokenizer import Tokenizer, make_tokenizer
-from ring_jax.train.sources import open_source, sample_texts, stdlib_source
+from ring_jax.train.sources import open_source, sample_texts, stdlib_source, uniform
 from ring_jax.train.token_store import TokenStore, default_cache_dir, tokenize
 
 
@@ -42,7 +42,7 @@ def hold_out(store: TokenStore, fraction: float) -> tuple[Spans, Spans]:
         tail = min(max(2, round(total * fraction)), total - 2)  # two tokens are the least that has something to predict
         part = lambda start, count: Spans(starts + start, np.asarray([count]), num_bytes[0] * count / total)
         return part(0, total - tail), part(total - tail, tail)
-    held = _uniform(len(lengths)) < fraction
+    held = uniform(len(lengths)) < fraction
     if fraction and not held.any():
         held[np.argsort(lengths, kind="stable")[(len(lengths) - 1) // 2]] = True
     if held.all():
@@ -130,6 +130,7 @@ def _empty_row(seq_len: int) -> dict[str, np.ndarray]:
     return {name: np.full(seq_len, value, np.int32) for name, value in (("tokens", 0), ("segment_ids", 0), ("positions", -1))}
 
 
+@runtime_checkable
 class Rows(Protocol):
     """Packed rows at random access: grain's MapDataset is one, as is a TokenDataset."""
 

@@ -84,7 +84,7 @@ def stdlib_source(max_bytes: int) -> Source:
     root = pathlib.Path(sysconfig.get_path("stdlib"))
     files = [file for file in _walk(root, _STDLIB_SKIP.__contains__) if file.suffix == ".py"]
     chosen, size = [], 0
-    for index in np.argsort(_uniform(len(files)), kind="stable"):
+    for index in np.argsort(uniform(len(files)), kind="stable"):
         content = files[index].read_bytes()
         try:
             content.decode()
@@ -98,6 +98,14 @@ def stdlib_source(max_bytes: int) -> Source:
     return Source(f"the standard library in {root}", 1.0, tuple(sorted(chosen)))
 
 
+def uniform(count: int) -> np.ndarray:
+    """Returns [count] float64 in [0, 1), each a hash of its index alone (splitmix64): growing the list changes no earlier one."""
+    value = np.arange(1, count + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return (value >> np.uint64(11)).astype(np.float64) / 2.0**53
+
+
 def _walk(root: pathlib.Path, skip: Callable[[str], bool]) -> list[pathlib.Path]:
     """Returns the files below `root`, sorted, without hidden entries and without folders whose name `skip` accepts."""
     found = []
@@ -105,14 +113,6 @@ def _walk(root: pathlib.Path, skip: Callable[[str], bool]) -> list[pathlib.Path]
         folders[:] = [name for name in folders if not name.startswith(".") and not skip(name)]
         found += [path for name in files if not name.startswith(".") and os.path.isfile(path := pathlib.Path(folder, name))]
     return sorted(found)
-
-
-def _uniform(count: int) -> np.ndarray:
-    """Returns [count] float64 in [0, 1), each a hash of its index alone (splitmix64): growing the list changes no earlier one."""
-    value = np.arange(1, count + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
-    value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return (value >> np.uint64(11)).astype(np.float64) / 2.0**53
 
 
 def read_pieces(path: pathlib.Path, vocab: int | None = None) -> Iterator[Piece]:
@@ -270,7 +270,7 @@ def sample_texts(sources: Sequence[Source], max_chars: int = TOKENIZER_CHARS) ->
     for source in sources:
         left = max_chars * source.weight / sum(other.weight for other in sources)
         share = max(left / len(source.files), 1 << 20)  # of one file, so that a large one does not speak for all
-        for index in np.argsort(_uniform(len(source.files)), kind="stable"):
+        for index in np.argsort(uniform(len(source.files)), kind="stable"):
             if left <= 0:
                 break
             taken = 0

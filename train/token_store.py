@@ -1,5 +1,6 @@
 """The token cache: a source tokenised once into arrays on disk, whole or not there."""
 
+import array
 import hashlib
 import itertools
 import json
