@@ -161,6 +161,8 @@ class Programs:
 
         rows = sharding.batch_spec()
         in_specs = (*(sharding.specs(s, mesh) for s in state), rows) if mesh is not None else None
+        if mesh is not None:
+            state = [jax.device_put(s, sharding.shardings(s, mesh)) for s in state]
         if wanted is None:
             sharded = lambda: sharding.on_mesh(program, mesh, in_specs, rows)
             return np.asarray(self._jit(("score", mesh), sharded, model.numerics)(*state, batch)), None

@@ -120,6 +120,14 @@ def test_the_run_folder(finished):
     assert f"ring_jax.infer --checkpoint {folder}" in err.splitlines()[-1]
 
 
+def test_alignment_of_the_run(finished):
+    """The report reads a run folder, whose arrays come back on one device, and shards it over four."""
+    command = [sys.executable, "-m", "ring_jax.infer", "align", "--checkpoint", str(finished[0]), "--tokens", "150"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=800, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "sharded fsdp=2 expert=2" in done.stdout
+
+
 def test_a_checkpoint_is_whole_by_itself(copied):
     alone = copied.parent / "elsewhere" / "checkpoints"
     shutil.copytree(copied / "checkpoints" / "6", alone / "6")
