@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.extend.core import JaxprEqn, Literal
+from jax.typing import DTypeLike
 
-__all__ = ["Literal", "bind_equation", "dot_general", "dot_operand", "open_jaxpr", "pin", "scan_counts"]
+__all__ = ["Literal", "bind_equation", "dot_cast", "dot_general", "dot_operand", "open_jaxpr", "pin", "scan_counts"]
 
 
 def bind_equation(equation: JaxprEqn, inputs: Sequence[Any]) -> list[Any]:
@@ -39,6 +40,14 @@ def dot_operand(x: jax.Array) -> jax.Array:
     are upcast. Everywhere else the matrix units take bf16 directly.
     """
     return x.astype(jnp.float32) if x.dtype == jnp.bfloat16 and jax.default_backend() == "cpu" else x
+
+
+def dot_cast(x: jax.Array, dtype: DTypeLike) -> jax.Array:
+    """Return fp32 intermediate values as an operand of a product whose inputs are of this dtype.
+
+    They are rounded to it, as the matrix units want them; not on a CPU, where products are in fp32 and rounding is work for nothing.
+    """
+    return x if dtype == jnp.bfloat16 and jax.default_backend() == "cpu" else x.astype(dtype)
 
 
 def dot_general(a: jax.Array, b: jax.Array, contract: tuple, batch: tuple = ((), ())) -> jax.Array:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels import GRID
+from pallas_kernels.compat import dot_operand
 from ring_jax.config import ModelConfig
 
 
@@ -76,13 +77,15 @@ def linear_cache(config: ModelConfig, layers: tuple[int, ...], batch: int, dtype
     """Return the empty cache of a stack of linear layers."""
     shape = (*layers, batch, config.num_heads)
     buffer = (*shape, config.chunk_size, config.head_size)
-    return LinearCache(jnp.zeros((*shape, config.head_size, config.head_size)), jnp.zeros(buffer, dtype), jnp.zeros(buffer, dtype))
+    empty = lambda: dot_operand(jnp.zeros(buffer, dtype))  # keys and values are held as products take them
+    return LinearCache(jnp.zeros((*shape, config.head_size, config.head_size)), empty(), empty())
 
 
 def softmax_cache(config: ModelConfig, layers: tuple[int, ...], batch: int, size: int, dtype: str) -> SoftmaxCache:
     """Return the empty cache of a stack of softmax layers, for at least `size` positions (whole key blocks)."""
     shape = (*layers, batch, -(-size // GRID) * GRID, config.num_kv_heads, config.head_size)
-    return SoftmaxCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+    empty = lambda: dot_operand(jnp.zeros(shape, dtype))
+    return SoftmaxCache(empty(), empty())
 
 
 def reset_slots(cache: Cache, slots: jax.Array) -> Cache:

@@ -89,7 +89,7 @@ class LinearAttention(nnx.Module):
         buffered = lambda x: jnp.moveaxis(x, 2, 1)  # [B, H, C, K] -> [B, C, H, K]
         on_grid = lambda x, buffer: _shift(jnp.concatenate([buffer, x], axis=1), chunk, place.first, offset, place.count, num_rows)
         grid_k, grid_v = on_grid(k, buffered(cache.key)), on_grid(v, buffered(cache.value))
-        grid_q = on_grid(q, jnp.zeros_like(buffered(cache.key)))
+        grid_q = on_grid(q, jnp.zeros_like(buffered(cache.key), q.dtype))
         total = offset + place.count
         o, state = lightning_attention(grid_q, grid_k, grid_v, decay, state=cache.state, length=total, chunk_size=chunk, **ops)
         column = jnp.arange(q.shape[1]) - place.first[:, None] + offset[:, None]

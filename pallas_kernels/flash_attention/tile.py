@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.compat import dot_operand
+from pallas_kernels.compat import dot_cast, dot_operand
 
 MASKED = -1e30
 """Score of a masked key: finite, so that a row that has seen no key yet needs no special case."""
@@ -61,7 +61,7 @@ def add_block(softmax: Softmax, q: jax.Array, k: jax.Array, v: jax.Array, seen: 
     maximum = jnp.maximum(softmax.maximum, jnp.ceil(x.max(-1)))
     weights = jnp.where(seen, jnp.exp2(x - maximum[..., None]), 0.0)
     rescale = power_of_two(softmax.maximum - maximum)
-    out = rescale[..., None] * softmax.out + product("bgrs,bsgv->bgrv", weights.astype(v.dtype), v)
+    out = rescale[..., None] * softmax.out + product("bgrs,bsgv->bgrv", dot_cast(weights, v.dtype), v)
     return Softmax(maximum, rescale * softmax.total + row_sum(weights), out)
 
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels import GRID
-from pallas_kernels.compat import pin
+from pallas_kernels.compat import dot_cast, pin
 from pallas_kernels.flash_attention import tile
 
 ALIGNED_ROWS = 32
@@ -114,10 +114,10 @@ def _backward(positions, aligned, residuals, d_out):
             seen = _seen(start, stop, index)
             weights = jnp.where(seen, jnp.exp2(tile.scores(q, at(k), seen) - log_total[..., None]), 0.0)
             d_weights = tile.product("bgrv,bsgv->bgrs", d_out, at(v))
-            d_scores = (scale * weights * (d_weights - delta[..., None])).astype(q.dtype)
+            d_scores = dot_cast(scale * weights * (d_weights - delta[..., None]), q.dtype)
             dq = dq + tile.product("bgrs,bsgk->bgrk", d_scores, at(k))
             dk = add(dk, tile.product("bgrs,bgrk->bsgk", d_scores, q))
-            return dq, dk, add(dv, tile.product("bgrs,bgrv->bsgv", weights.astype(q.dtype), d_out))
+            return dq, dk, add(dv, tile.product("bgrs,bgrv->bsgv", dot_cast(weights, q.dtype), d_out))
 
         first, last = _block_range(start, stop)
         dq, dk, dv = lax.fori_loop(first, last, key_block, (jnp.zeros(q.shape), *carry))

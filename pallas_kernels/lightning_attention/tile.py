@@ -12,7 +12,7 @@ sequential part, and `rows` gives the output of any rows of the chunk: training,
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.compat import dot_operand
+from pallas_kernels.compat import dot_cast, dot_operand
 
 
 def decay_powers(log_decay: jax.Array, chunk_size: int) -> jax.Array:
@@ -28,7 +28,7 @@ def product(equation: str, a: jax.Array, b: jax.Array) -> jax.Array:
 def chunk_kv(k: jax.Array, v: jax.Array, powers: jax.Array) -> jax.Array:
     """Return what the chunk adds to the state, [B, H, K, V] fp32, from k [B, H, C, K] and v [B, H, C, V]."""
     weights = powers[:, -2::-1, None]  # exp(g (C - 1 - j))
-    k = (k.astype(jnp.float32) * weights).astype(k.dtype)
+    k = dot_cast(k.astype(jnp.float32) * weights, k.dtype)
     return product("bhck,bhcv->bhkv", k, v)
 
 
@@ -45,7 +45,7 @@ def rows(q: jax.Array, k: jax.Array, v: jax.Array, state: jax.Array, powers: jax
     # Weights by selection from the same fp32 table, [B, H, R, C]; rows past the chunk's end are padding of the caller's.
     mask = jnp.where((distance >= 0)[:, None], jnp.moveaxis(powers[:, jnp.clip(distance, 0, chunk_size)], 0, 1), 0.0)
     query_weights = jnp.moveaxis(powers[:, jnp.minimum(row + 1, chunk_size)], 0, 1)[..., None]  # [B, H, R, 1]
-    scores = (product("bhrk,bhck->bhrc", q, k) * mask).astype(q.dtype)
+    scores = dot_cast(product("bhrk,bhck->bhrc", q, k) * mask, q.dtype)
     inside = product("bhrc,bhcv->bhrv", scores, v)
-    before = product("bhrk,bhkv->bhrv", q, state.astype(q.dtype))
+    before = product("bhrk,bhkv->bhrv", q, dot_cast(state, q.dtype))
     return size**-0.5 * (inside + query_weights * before)

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.compat import pin
+from pallas_kernels.compat import dot_cast, pin
 from pallas_kernels.lightning_attention import tile
 from pallas_kernels.lightning_attention.tile import product
 
@@ -97,13 +97,13 @@ def _backward(chunk_size, aligned, residuals, gradients):
         """d_state: gradient of the state that leaves the chunk."""
         q, k, v, d_out, keep, live = chunk
         d_after = jnp.where(live, d_state, 0.0)
-        d_after_in = d_after.astype(dtype)
-        scores = (scale * product("bhrk,bhck->bhrc", q, k) * mask).astype(dtype)
-        d_scores = (scale * product("bhrv,bhcv->bhrc", d_out, v) * mask).astype(dtype)
+        d_after_in = dot_cast(d_after, dtype)
+        scores = dot_cast(scale * product("bhrk,bhck->bhrc", q, k) * mask, dtype)
+        d_scores = dot_cast(scale * product("bhrv,bhcv->bhrc", d_out, v) * mask, dtype)
         dv = product("bhrc,bhrv->bhcv", scores, d_out) + key_weights * product("bhck,bhkv->bhcv", k, d_after_in)
         dk = product("bhrc,bhrk->bhck", d_scores, q) + key_weights * product("bhcv,bhkv->bhck", v, d_after_in)
         dq = product("bhrc,bhck->bhrk", d_scores, k)
-        d_query = (query_weights * q.astype(jnp.float32)).astype(dtype)
+        d_query = dot_cast(query_weights * q.astype(jnp.float32), dtype)
         d_before = jnp.where(live, powers[:, -1, None, None] * d_state, d_state) + scale * product("bhrk,bhrv->bhkv", d_query, d_out)
         return keep * d_before, (dq, dk.astype(dtype), dv.astype(dtype))
 
@@ -113,7 +113,7 @@ def _backward(chunk_size, aligned, residuals, gradients):
         """The part of dQ that needs S, the state that enters the chunk."""
         k, v, d_out, dq, keep = chunk
         state = keep * state
-        dq = dq + scale * query_weights * product("bhrv,bhkv->bhrk", d_out, state.astype(dtype))
+        dq = dq + scale * query_weights * product("bhrv,bhkv->bhrk", d_out, dot_cast(state, dtype))
         return tile.fold(state, tile.chunk_kv(k, v, powers), powers), dq.astype(dtype)
 
     _, dq = lax.scan(forward_in_time, state, (ks, vs, dos, dq, keep))
