@@ -160,8 +160,9 @@ class Programs:
             return scoring.token_logprobs(scoring.merge(graph, params, balance, tables, model.numerics.dtype), batch)
 
         rows = sharding.batch_spec()
-        in_specs = (*(sharding.specs(s, mesh) for s in state), rows) if mesh is not None else None
+        in_specs = None
         if mesh is not None:
+            in_specs = (*(sharding.specs(s, mesh) for s in state), rows)
             state = [jax.device_put(s, sharding.shardings(s, mesh)) for s in state]
         if wanted is None:
             sharded = lambda: sharding.on_mesh(program, mesh, in_specs, rows)

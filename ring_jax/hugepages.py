@@ -11,8 +11,9 @@ ENABLED = pathlib.Path("/sys/kernel/mm/transparent_hugepage/enabled")
 def use_huge_pages() -> None:
     """Start this process's command over with glibc told to ask for huge pages, where the kernel grants them on request.
 
-    glibc reads the setting only as a process starts. Page faults were a quarter of a training step of the demo without it. Call it first
-    in a command's `__main__`. Does nothing where the setting is already made or means nothing (another C library, another system).
+    glibc reads the setting only as a process starts. Without it a training step spends much of its time in page faults (compare
+    `GLIBC_TUNABLES=glibc.malloc.hugetlb=0 python -m ring_jax.train.bench`). Call it first in a command's `__main__`. Does nothing where
+    the setting is already made or means nothing (another C library, another system).
     """
     if sys.platform != "linux" or SETTING in os.environ or not ENABLED.is_file() or "[madvise]" not in ENABLED.read_text():
         return

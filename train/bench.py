@@ -175,7 +175,7 @@ def bench_inference(precision: str, repeats: int, peer: tuple[float, float] | No
         except RuntimeError as error:  # its CPU backend multiplies experts in float32 only
             if peer is None:
                 raise
-            print(f"mlx-lm cannot run {precision} here ({error}): compared with its {next(iter(DTYPES))}", flush=True)
+            print(f"mlx-lm cannot run {precision} here ({error}): compared with its fp32", flush=True)
         peer_prefill, peer_decode = peer
         for aligned in (False, True):
             ours, how = OurModel(folder, precision, aligned), "aligned" if aligned else "fast"

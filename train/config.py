@@ -107,7 +107,7 @@ class TrainConfig:
     remat: str = "none"
     """What the gradient recomputes: none, mixers (all but mixers' outputs), full."""
     unroll: int = 0
-    """Layers that one turn of a loop over layers computes; 0: 4 on a CPU, else 1 (compilation does not grow with depth either way)."""
+    """Layers that one turn of a loop over layers computes; 0: 4 on a CPU, else 1."""
     seed: int = 0
     optimizer: OptimizerConfig = OptimizerConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()

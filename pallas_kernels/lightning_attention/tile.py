@@ -21,7 +21,7 @@ def decay_powers(log_decay: jax.Array, chunk_size: int) -> jax.Array:
 
 
 def product(equation: str, a: jax.Array, b: jax.Array) -> jax.Array:
-    """Return the einsum of two arrays of one dtype, accumulated and returned in fp32."""
+    """Return the einsum of two operands (see `compat.dot_operand`, `compat.dot_cast`), accumulated and returned in fp32."""
     return jnp.einsum(equation, dot_operand(a), dot_operand(b), preferred_element_type=jnp.float32)
 
 

@@ -131,6 +131,34 @@ def test_stacked_is_unstacked(tmp_path, documents):
     assert same_bits(*[h[:, : LENGTHS[1]] for h in hidden])
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_unrolled_is_looped(documents, dtype):
+    """How many layers a turn computes changes no bit of the training forward, gradients and all."""
+    config = dataclasses.replace(PRESETS["test"], num_layers=10, period=5)
+    assert max(len(run.layers[0]) for segment in layer_pattern(config) for run in segment) == 4
+    tokens, positions = pad([[token % config.vocab_size for token in documents[1]]], 256)
+    batch = scoring.host_batch(np.asarray(tokens), np.asarray(positions))
+
+    def logprobs(unroll):
+        numeric = Numerics(dtype=dtype, unroll=unroll)
+        graph, params, balance, tables = scoring.split(Ring(config, numeric, rngs=nnx.Rngs(0)))
+
+        def program(params, batch):
+            def loss(params):
+                logprobs = scoring.token_logprobs(scoring.merge(graph, params, balance, tables, dtype), batch)
+                return logprobs.sum(), logprobs
+
+            return jax.value_and_grad(loss, has_aux=True)(params)
+
+        (_, logprobs), gradients = numerics.jit(program, numeric)(params, batch)
+        assert all(np.isfinite(x).all() for x in jax.tree.leaves(gradients))
+        return np.asarray(logprobs)
+
+    looped = logprobs(1)
+    assert (looped[:, 1 : LENGTHS[1]] < 0).all()
+    assert same_bits(logprobs(4), looped)
+
+
 # The layer pattern.
 
 
