@@ -30,10 +30,8 @@ class SoftmaxAttention(nnx.Module):
         """Return the mixer's output and the cache after the call's tokens."""
         config, ops = self.config, self.numerics.ops
         batch, num_tokens, _ = x.shape
-        qkv = name(matmul(x, self.qkv[...], **ops), "qkv").reshape(batch, num_tokens, -1, config.head_size)
-        q, k, v = jnp.split(qkv, [config.num_heads, config.num_heads + config.num_kv_heads], axis=2)
-        q, k = self.head_norms(q, k, place.cos, place.sin)
-        q, k = name(q, "query"), name(k, "key")
+        q, k, v = self.head_norms.project(x, self.qkv[...], config.num_kv_heads, place.cos, place.sin)
+        q, k, v = name(q, "query"), name(k, "key"), name(v, "value")
         if cache is not None:
             cache = _write(cache, k, v, place)
             k, v = cache

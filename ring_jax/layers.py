@@ -92,22 +92,30 @@ def rotate(x: Float[Array, "*rows H K"], cos: Float[Array, "*rows half"], sin: F
 
 
 class HeadNorms(nnx.Module):
-    """The norms of queries and keys per head, followed by the rotary embedding."""
+    """What follows the product with the qkv weight: the norms of queries and keys per head, and the rotary embedding."""
 
     def __init__(self, config: ModelConfig, numerics: Numerics):
         self.eps, self.numerics = config.norm_eps, numerics
         self.query, self.key = norm_weight(config.head_size), norm_weight(config.head_size)
 
-    def __call__(
-        self, q: Float[Array, "B T H K"], k: Float[Array, "B T G K"], cos: Float[Array, "B T half"], sin: Float[Array, "B T half"]
-    ) -> tuple[Float[Array, "B T H K"], Float[Array, "B T G K"]]:
-        """Return normalised and rotated queries and keys."""
+    def project(
+        self,
+        x: Float[Array, "B T D"],
+        qkv: Float[Array, "D F"],
+        num_kv_heads: int,
+        cos: Float[Array, "B T half"],
+        sin: Float[Array, "B T half"],
+    ) -> tuple[Float[Array, "B T H K"], Float[Array, "B T G K"], Float[Array, "B T G K"]]:
+        """Return x's queries and keys, normalised and rotated, and values, of G = num_kv_heads heads."""
 
-        def both(q, k, cos, sin, query_weight, key_weight):
+        def split(qkv, cos, sin, query_weight, key_weight):
+            heads = qkv.reshape(qkv.shape[0], -1, query_weight.shape[-1])
+            num_heads = heads.shape[1] - 2 * num_kv_heads
+            q, k, v = jnp.split(heads, [num_heads, num_heads + num_kv_heads], axis=1)
             norm = lambda x, weight: rotate(rms_norm(x, weight, self.eps, self.numerics.dtype), cos, sin)
-            return norm(q, query_weight), norm(k, key_weight)
+            return norm(q, query_weight), norm(k, key_weight), v
 
-        return self.numerics.by_rows(both, q, k, cos, sin, weights=[self.query[...], self.key[...]])
+        return matmul(x, qkv, split, rows=[cos, sin], weights=[self.query[...], self.key[...]], **self.numerics.ops)
 
 
 def swiglu(x: Float[Array, "*rows two_F"]) -> Float[Array, "*rows F"]:
@@ -127,5 +135,5 @@ class SwiGLU(nnx.Module):
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """Return the FFN's output."""
-        hidden = self.numerics.by_rows(swiglu, matmul(x, self.gate_up[...], **self.numerics.ops))
+        hidden = matmul(x, self.gate_up[...], swiglu, **self.numerics.ops)
         return matmul(hidden, self.down[...], **self.numerics.ops)

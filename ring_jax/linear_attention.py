@@ -47,16 +47,13 @@ class LinearAttention(nnx.Module):
         """Return the mixer's output and the cache after the call's tokens."""
         config, ops = self.config, self.numerics.ops
         batch, num_tokens, _ = x.shape
-        qkv = name(matmul(x, self.qkv[...], **ops), "qkv").reshape(batch, num_tokens, -1, config.head_size)
-        q, k, v = jnp.split(qkv, 3, axis=2)
-        q, k = self.head_norms(q, k, place.cos, place.sin)
-        o, cache = self.attend(name(q, "query"), name(k, "key"), v, place, cache)
+        q, k, v = self.head_norms.project(x, self.qkv[...], config.num_heads, place.cos, place.sin)
+        o, cache = self.attend(name(q, "query"), name(k, "key"), name(v, "value"), place, cache)
         o = name(o, "mixer").reshape(batch, num_tokens, -1)
-        gate = name(matmul(x, self.gate[...], **ops), "gate")
-        o = name(self.numerics.by_rows(self.gated_norm, o, gate, weights=[self.group_norm[...]]), "gated")
+        o = name(matmul(x, self.gate[...], self.gated_norm, rows=[o], weights=[self.group_norm[...]], **ops), "gated")
         return name(matmul(o, self.out[...], **ops), "mixer_out"), cache
 
-    def gated_norm(self, o: Float[Array, "*rows D"], gate: Float[Array, "*rows D"], weight: Float[Array, " D"]) -> Float[Array, "*rows D"]:
+    def gated_norm(self, gate: Float[Array, "*rows D"], o: Float[Array, "*rows D"], weight: Float[Array, " D"]) -> Float[Array, "*rows D"]:
         """Return groupnorm(o) * sigmoid(gate); the gate is not normalised."""
         o = rms_norm(o, weight, self.config.norm_eps, self.numerics.dtype, self.config.num_norm_groups)
         return (o.astype(jnp.float32) * jax.nn.sigmoid(gate.astype(jnp.float32))).astype(o.dtype)

@@ -1,5 +1,6 @@
 """The sparse FFN: grouped sigmoid router, dropless experts, a shared expert; experts may live on other devices."""
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -9,6 +10,7 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+from pallas_kernels.compat import pin
 from pallas_kernels.grouped_matmul import gather_groups, group_rows, grouped_matmul, row_tile_for, scatter_groups, take_rows
 from pallas_kernels.matmul import matmul
 from ring_jax import sharding
@@ -41,16 +43,16 @@ class MoE(nnx.Module):
         """Return the FFN's output and what the router did; padding is routed nowhere."""
         experts, weights, stats = self.route(x, valid)
         slots = self.expert_outputs(x.reshape(-1, x.shape[-1]), experts.reshape(-1, experts.shape[-1])).reshape(*experts.shape, -1)
-        y = name(self.numerics.by_rows(_combine, slots, weights), "experts")
+        y = name(self.combine(slots, weights), "experts")
         return (y + name(self.shared(x), "shared") if self.config.num_shared_experts else y), stats
 
     def route(self, x: Float[Array, "B T D"], valid: Bool[Array, "B T"]) -> tuple[Int[Array, "B T A"], Float[Array, "B T A"], RouterStats]:
         """Return each token's experts (E for padding) and their weights: sigmoid scores, selected with the bias, weighed without."""
         config = self.config
-        logits = name(matmul(x.astype(jnp.float32), self.router[...], **self.numerics.ops), "router")
-        scores, log_total = self.numerics.by_rows(lambda x: (jax.nn.sigmoid(x), jax.nn.logsumexp(x, axis=-1)), logits)
+        scored = lambda logits: (logits, jax.nn.sigmoid(logits), jax.nn.logsumexp(logits, axis=-1))
+        logits, scores, log_total = matmul(x.astype(jnp.float32), self.router[...], scored, **self.numerics.ops)
         chosen = self.choose(lax.stop_gradient(scores) + self.bias[...])
-        weights = self.numerics.by_rows(self.weigh, jnp.take_along_axis(scores, chosen, axis=-1))
+        weights = self.numerics.by_rows(self.weigh, jnp.take_along_axis(name(logits, "router"), chosen, axis=-1))
         chosen = jnp.where(valid[..., None], chosen, config.num_experts)
         load = jnp.bincount(chosen.reshape(-1), length=config.num_experts + 1)[:-1].astype(jnp.float32)
         return chosen, name(weights, "router_weights"), RouterStats(load, jnp.where(valid, log_total**2, 0.0).sum())
@@ -65,11 +67,18 @@ class MoE(nnx.Module):
         # Dropped groups get -inf, not 0: a biased score may be negative. top_k is stable: equal scores go to the lower expert.
         return lax.top_k(jnp.where(keep[..., None], groups, -jnp.inf).reshape(ranked.shape), config.num_active_experts)[1]
 
-    def weigh(self, scores: Float[Array, "*rows A"]) -> Float[Array, "*rows A"]:
+    def weigh(self, logits: Float[Array, "*rows A"]) -> Float[Array, "*rows A"]:
         """Return the weights of the chosen experts."""
+        scores = jax.nn.sigmoid(logits)
         if self.config.norm_topk:
             scores = scores / (scores.sum(-1, keepdims=True) + 1e-20)
         return scores * self.config.routed_scaling_factor
+
+    def combine(self, slots: Float[Array, "*rows A D"], weights: Float[Array, "*rows A"]) -> Float[Array, "*rows D"]:
+        """Return the weighted sum over the slots, in their order, in fp32, cast once."""
+        # Products apart from sums: each is rounded once, so no compiler's multiply-add can tell programs apart, and no tiles are needed.
+        weighted = pin(weights[..., None] * slots.astype(jnp.float32), self.numerics.aligned)
+        return functools.reduce(jnp.add, [weighted[..., a, :] for a in range(slots.shape[-2])]).astype(slots.dtype)
 
     def expert_outputs(self, rows: Float[Array, "N D"], experts: Int[Array, "N A"]) -> Float[Array, "N A D"]:
         """Return the output of each of a row's experts, wherever the experts live; zeros for padding."""
@@ -104,14 +113,6 @@ class MoE(nnx.Module):
         hidden = swiglu(grouped_matmul(grouped, gate_up, groups.tiles, row_tile=row_tile, implementation=implementation))
         out = grouped_matmul(hidden, down, groups.tiles, row_tile=row_tile, implementation=implementation)
         return scatter_groups(out, groups).reshape(num, num_slots, -1)
-
-
-def _combine(slots: Float[Array, "*rows A D"], weights: Float[Array, "*rows A"]) -> Float[Array, "*rows D"]:
-    """The weighted sum over the slots, in their order, in fp32, cast once."""
-    total = jnp.zeros((*slots.shape[:-2], slots.shape[-1]), jnp.float32)
-    for a in range(slots.shape[-2]):
-        total = total + weights[..., a, None] * slots[..., a, :].astype(jnp.float32)
-    return total.astype(slots.dtype)
 
 
 def balance(bias: Float[Array, "*layers E"], load: Float[Array, "*layers E"], rate: float) -> Float[Array, "*layers E"]:

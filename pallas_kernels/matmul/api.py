@@ -19,17 +19,22 @@ IMPLEMENTATIONS = {"xla": xla.matmul}
 def matmul(
     x: Float[Array, "*rows D"],
     w: Float[Array, "D F"],
+    epilogue: Callable = lambda y: y,
+    rows: Sequence[jax.Array] = (),
+    weights: Sequence[jax.Array] = (),
     *,
     aligned: bool = False,
     out_dtype: DTypeLike | None = None,
     implementation: str = "auto",
-) -> Float[Array, "*rows F"]:
-    """Return x @ w accumulated in fp32, cast once to `out_dtype` (default: that of x).
+) -> Any:
+    """Return epilogue(y, *rows, *weights) for y = x @ w [N, F], accumulated in fp32, cast once to `out_dtype` (default: that of x).
 
-    With `aligned` a row of the result has the same bits whatever rows stand beside it (numerics contract, rule 4); only the forward
-    promises that. Differentiable in x and w.
+    The epilogue treats each row by itself; it sees N rows of y and of `rows` (arrays [*rows, ...]) and returns a tree of arrays [N, ...],
+    which come back as [*rows, ...]. Without one the result is y [*rows, F]. With `aligned` a row of the result has the same bits
+    whatever rows stand beside it (numerics contract, rule 4); only the forward promises that. Differentiable in x, w, rows and weights.
     """
-    return dispatch.call("matmul", IMPLEMENTATIONS, implementation, x, w, aligned=aligned, out_dtype=out_dtype or x.dtype)
+    how = {"aligned": aligned, "out_dtype": out_dtype or x.dtype}
+    return dispatch.call("matmul", IMPLEMENTATIONS, implementation, x, w, epilogue, rows, weights, **how)
 
 
 def row_tiled(f: Callable, rows: Sequence[jax.Array], weights: Sequence[jax.Array] = ()) -> Any:

@@ -1,13 +1,11 @@
 """The row-tiled product in plain JAX: a loop over tiles of R rows, equal by construction for any number of rows."""
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.typing import DTypeLike
 
 from pallas_kernels.compat import dot_general, dot_operand, pin
 from pallas_kernels.matmul import tile
@@ -40,7 +38,7 @@ def row_tiled(f: Callable, rows: Sequence[jax.Array], weights: Sequence[jax.Arra
 
     @jax.custom_vjp
     def run(rows, weights):
-        return map_row_tiles(lambda *tiles: f(*tiles, *weights), *rows, row_tile=tile.LIGHT_TILE)
+        return map_row_tiles(lambda *tiles: f(*tiles, *weights), *rows)
 
     def forward(rows, weights):
         return run(rows, weights), (rows, weights)
@@ -52,29 +50,40 @@ def row_tiled(f: Callable, rows: Sequence[jax.Array], weights: Sequence[jax.Arra
     return run(tuple(rows), tuple(weights))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _product(x: jax.Array, w: jax.Array, out_dtype: DTypeLike) -> jax.Array:
-    return map_row_tiles(lambda t: tile.product(t, w).astype(out_dtype), x)
+def _tiled(x, w, epilogue, rows, weights, out_dtype):
+    """Each tile's product and what follows it in one loop, so that the product is not written and read again in between."""
+
+    def one_tile(x, *rows, w, weights):
+        y = pin(tile.product(x, w).astype(out_dtype))
+        return epilogue(y, *rows, *weights), y
+
+    @jax.custom_vjp
+    def run(x, w, rows, weights):
+        return map_row_tiles(lambda *tiles: one_tile(*tiles, w=w, weights=weights)[0], x, *rows)
+
+    def forward(x, w, rows, weights):
+        out, y = map_row_tiles(lambda *tiles: one_tile(*tiles, w=w, weights=weights), x, *rows)
+        return out, (x, w, y, rows, weights)
+
+    def backward(residuals, gradients):
+        """Plain products: gradients promise no bits across layouts (numerics contract, rule 4)."""
+        x, w, y, rows, weights = residuals
+        dy, d_rows, d_weights = jax.vjp(lambda y, rows, weights: epilogue(y, *rows, *weights), y, rows, weights)[1](gradients)
+        dy = dy.astype(x.dtype)
+        dx = dot_general(dy, w, ((1,), (1,))).astype(x.dtype)
+        dw = dot_general(x, dy, ((0,), (0,))).astype(w.dtype)
+        return dx, dw, d_rows, d_weights
+
+    run.defvjp(forward, backward)
+    return run(x, w, rows, weights)
 
 
-def _forward(x, w, out_dtype):
-    return _product(x, w, out_dtype), (x, w)
-
-
-def _backward(out_dtype, residuals, dy):
-    """Plain products: gradients promise no bits across layouts (numerics contract, rule 4)."""
-    x, w = residuals
-    dy = dy.astype(x.dtype)
-    dx = dot_general(dy, w, ((1,), (1,))).astype(x.dtype)
-    dw = dot_general(x, dy, ((0,), (0,))).astype(w.dtype)
-    return dx, dw
-
-
-_product.defvjp(_forward, _backward)
-
-
-def matmul(x: jax.Array, w: jax.Array, *, aligned: bool, out_dtype: DTypeLike) -> jax.Array:
-    """Return x [..., D] @ w [D, F], accumulated in fp32, as `out_dtype`."""
-    rows = x.reshape(-1, x.shape[-1])
-    y: Any = _product(rows, w, out_dtype) if aligned else tile.product(rows, w).astype(out_dtype)
-    return y.reshape(*x.shape[:-1], w.shape[-1])
+def matmul(x, w, epilogue, rows, weights, *, aligned, out_dtype):
+    """See `api.matmul`."""
+    lead = x.shape[:-1]
+    x, *rows = (r.reshape(-1, *r.shape[len(lead) :]) for r in (x, *rows))
+    if aligned:
+        out: Any = _tiled(x, w, epilogue, tuple(rows), tuple(weights), out_dtype)
+    else:
+        out = epilogue(tile.product(x, w).astype(out_dtype), *rows, *weights)
+    return jax.tree.map(lambda y: y.reshape(*lead, *y.shape[1:]), out)

@@ -172,12 +172,12 @@ def test_every_operator_is_named(folder, plants):
     kinds = {-1: "before the layers", 0: "layer 0 (linear)", 1: "layer 1 (linear)", 2: "layer 2 (softmax)", 3: "after the layers"}
     labels = {layer: [label for number, label in order if number == layer] for layer in kinds}
     ffn = ["router", "router_weights", "experts", "shared", "ffn", "block"]
-    linear = ["mixer_norm", "qkv", "query", "key", "mixer", "gate", "gated", "mixer_out", "residual", "ffn_norm"]
+    linear = ["mixer_norm", "query", "key", "value", "mixer", "gated", "mixer_out", "residual", "ffn_norm"]
     assert labels == {
         -1: ["embedding"],
         0: [*linear, "ffn", "block"],
         1: linear + ffn,
-        2: ["mixer_norm", "qkv", "query", "key", "mixer", "mixer_out", "residual", "ffn_norm", *ffn],
+        2: ["mixer_norm", "query", "key", "value", "mixer", "mixer_out", "residual", "ffn_norm", *ffn],
         3: ["final_norm", "logprobs"],
     }
     for index, (layer, label) in enumerate(order):
@@ -195,7 +195,7 @@ def test_command_names_a_difference(folder, monkeypatch, capsys, tmp_path):
     from ring_jax import linear_attention
 
     def planted(x, label):
-        return name(x * (1 + PLANTED) if label == "gate" and x.shape[:2] == (8, 1) else x, label)
+        return name(x * (1 + PLANTED) if label == "gated" and x.shape[:2] == (8, 1) else x, label)
 
     variants = align.variants
     wanted = ("scoring forward", "decode, batch 8")
@@ -205,7 +205,7 @@ def test_command_names_a_difference(folder, monkeypatch, capsys, tmp_path):
     report = tmp_path / "report.json"
     assert main(["align", "--checkpoint", str(folder), "--tokens", "300", "--json", str(report)]) == 1
     out, err = capsys.readouterr()
-    assert "layer 0 (linear), gate, document 0 position 0" in out
+    assert "layer 0 (linear), gated, document 0 position 0" in out
     assert "random ids, seed 0 (the folder has no tokenizer)" in out
     assert err == "not aligned: decode, batch 8\n"
     rows = json.loads(report.read_text())
@@ -216,11 +216,11 @@ def test_command_names_a_difference(folder, monkeypatch, capsys, tmp_path):
 
 def test_difference_that_tapping_hides():
     """Where the tapped programs agree, operators are looked at one by one, and the answer says so."""
-    labels = ["mixer_norm", "qkv", "gate"]
+    labels = ["mixer_norm", "query", "gated"]
 
     def values(wanted, off=0.0):
         taken = [(1, label) for index, label in enumerate(labels) if wanted(index)]
-        hidden = {key: np.ones((1, 4, 2)) + (off if wanted is not align._everything and key[1] == "qkv" else 0) for key in taken}
+        hidden = {key: np.ones((1, 4, 2)) + (off if wanted is not align._everything and key[1] == "query" else 0) for key in taken}
         return align.Values(taken, hidden)
 
     def variant(off):
@@ -235,7 +235,7 @@ def test_difference_that_tapping_hides():
 
     batch = host_batch(np.ones((1, 4), np.int32), np.arange(4, dtype=np.int32)[None])
     search = lambda off: align.search(Fake(), [[1, 2, 3]], batch, variant(off))
-    assert search(PLANTED) == "layer 1 (linear), qkv, document 0 position 0 (differs only untapped)"
+    assert search(PLANTED) == "layer 1 (linear), query, document 0 position 0 (differs only untapped)"
     assert search(0.0) == "differs only untapped; no single operator shows it"
 
 

@@ -85,6 +85,45 @@ def test_row_tiled_value_and_gradients(num):
     assert_close(actual, in_float64(with_gradients(normalised), arguments, cotangents), jnp.float32)
 
 
+gated_sum = lambda y, gate, weight: {"y": jax.nn.silu(y) * weight, "total": (y * gate + y).sum(-1)}
+
+
+def epilogue_inputs(num):
+    x, w = inputs(Case((num,), 33, 24), jnp.float32)
+    return x, w, *row_inputs(max(ROW_COUNTS))[1:]
+
+
+fused = lambda x, w, gate, weight, how: matmul(x, w, gated_sum, rows=[gate[: len(x)]], weights=[weight], aligned=how)
+
+
+@pytest.mark.parametrize("is_aligned", [False, True])
+@pytest.mark.parametrize("num", [1, 70])
+def test_epilogue_value_and_gradients(num, is_aligned):
+    arguments = epilogue_inputs(num)
+    plain = lambda x, w, gate, weight: gated_sum(reference.matmul(x, w), gate[: len(x)], weight)
+    cotangents = random_like(jax.eval_shape(plain, *arguments))
+    actual = jit(with_gradients(functools.partial(fused, how=is_aligned)))(arguments, cotangents)
+    assert_close(actual, in_float64(with_gradients(plain), arguments, cotangents), jnp.float32)
+
+
+def test_epilogue_rows_do_not_depend_on_how_many_there_are():
+    """Nor on whether the gradient keeps the product."""
+    x, *others = epilogue_inputs(max(ROW_COUNTS))
+    run = jit(functools.partial(fused, how=True))
+    everything = run(x, *others)
+    kept = jit(lambda *arguments: jax.vjp(functools.partial(fused, how=True), *arguments))(x, *others)[0]
+    assert_same_bits(kept, everything)
+    for num in (1, 64, 65):
+        assert_same_bits(run(x[:num], *others), jax.tree.map(lambda y, num=num: y[:num], everything))
+
+
+def test_epilogue_of_leading_axes():
+    x, w = inputs(TEST_CASES["leading_axes"], jnp.float32)
+    y = matmul(x, w, lambda y, scale: (y * scale[:, None], y.sum(-1)), rows=[jnp.full(x.shape[:-1], 2.0)], aligned=True)
+    assert [part.shape for part in y] == [(*x.shape[:-1], w.shape[1]), x.shape[:-1]]
+    assert_same_bits(y[0], 2 * matmul(x, w, aligned=True))
+
+
 def test_map_row_tiles_sees_whole_tiles_padded_with_zeros():
     seen = jit(lambda x: map_row_tiles(lambda t: jnp.broadcast_to(t.sum(), t.shape), x))(jnp.ones(ROW_TILE + 3))
     np.testing.assert_array_equal(seen, [ROW_TILE] * ROW_TILE + [3] * 3)

@@ -141,7 +141,7 @@ def test_residual_stream_is_fp32_in_bf16():
 
     jax.eval_shape(values, state, jax.ShapeDtypeStruct((1, 4), np.int32))
     assert all(found[label] == {"float32"} for label in ("embedding", "residual", "block", "router"))
-    assert all(found[label] == {"bfloat16"} for label in ("mixer_norm", "qkv", "mixer", "mixer_out", "ffn", "final_norm"))
+    assert all(found[label] == {"bfloat16"} for label in ("mixer_norm", "query", "mixer", "mixer_out", "ffn", "final_norm"))
 
 
 def test_dropped_groups_of_negative_scores():
