@@ -14,7 +14,7 @@ import resource
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -39,31 +39,30 @@ PROMPT = 1024
 DECODE_BATCHES = (1, 16, 64)
 DECODE_AT = 256
 """Position at which decode is timed."""
+DECODE_STEPS = 8
+"""Steps of one timed run."""
 
 
-def seconds(run: Callable[[], Any], repeats: int) -> float:
-    """Return the median time of a run, after one to warm up."""
-    run()
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        run()
-        times.append(time.perf_counter() - start)
-    return float(np.median(times))
+def medians(runs: Mapping[Any, Callable[[], Any]], repeats: int) -> dict[Any, float]:
+    """Return the median seconds of each run: rounds of all of them, so that a busy moment of the machine meets all alike."""
+    times: dict[Any, list[float]] = {key: [] for key in runs}
+    for repeat in range(repeats + 1):  # the first round warms up
+        for key, run in runs.items():
+            start = time.perf_counter()
+            run()
+            if repeat:
+                times[key].append(time.perf_counter() - start)
+    return {key: float(np.median(taken)) for key, taken in times.items()}
 
 
-def ceiling(dtype: str, repeats: int) -> float:
-    """Return the best median operations a second of the five products."""
-    best = 0.0
-    for m, k, n in GEMMS:
-        x, w = jnp.ones((m, k), dtype), jnp.ones((k, n), dtype)
-        product = jax.jit(lambda x, w: x @ w)
-        best = max(best, 2 * m * k * n / seconds(lambda product=product, x=x, w=w: product(x, w).block_until_ready(), repeats))
-    return best
+def product(m: int, k: int, n: int, dtype: str) -> Callable[[], Any]:
+    """Return a run of one product."""
+    x, w, run = jnp.ones((m, k), dtype), jnp.ones((k, n), dtype), jax.jit(lambda x, w: x @ w)
+    return lambda: run(x, w).block_until_ready()
 
 
-def bench_training(precision: str, repeats: int) -> dict[str, Any]:
-    """Return tokens/s and utilisation of the demo's training step."""
+def training_step(precision: str) -> tuple[Callable[[], Any], TrainConfig]:
+    """Return a run of the demo's training step, and its configuration."""
     config, run = PRESETS["demo"], TrainConfig(precision=precision, batch_size=32)  # as `make demo`
     program = make_program(config, numerics_of(run), run.optimizer, run.steps, 0, None)
     rng, shape = np.random.default_rng(0), (run.batch_size, run.seq_len)
@@ -75,11 +74,21 @@ def bench_training(precision: str, repeats: int) -> dict[str, Any]:
         state[0], metrics = program.step(state[0], program.tables, batch)
         jax.block_until_ready(metrics)
 
-    limit = ceiling(DTYPES[precision], repeats)
-    rate = run.batch_size * run.seq_len / seconds(step, repeats)
-    work = rate * flops.training_flops_per_token(config, run.seq_len)
-    speed = {"tokens/s": rate, "GFLOP/s": work / 1e9, "ceiling GFLOP/s": limit / 1e9, "MFU": work / limit}
-    return {"what": "train demo", "dtype": precision, **speed}
+    return step, run
+
+
+def bench_training(precisions: Sequence[str], repeats: int) -> list[dict[str, Any]]:
+    """Return tokens/s and utilisation of the demo's training step in each precision."""
+    rows = []
+    for precision in precisions:
+        step, run = training_step(precision)
+        taken = medians({"step": step} | {shape: product(*shape, DTYPES[precision]) for shape in GEMMS}, repeats)
+        limit = max(2 * m * k * n / taken[m, k, n] for m, k, n in GEMMS)
+        rate = run.batch_size * run.seq_len / taken["step"]
+        work = rate * flops.training_flops_per_token(PRESETS["demo"], run.seq_len)
+        speed = {"tokens/s": rate, "GFLOP/s": work / 1e9, "ceiling GFLOP/s": limit / 1e9, "MFU": work / limit}
+        rows.append({"what": "train demo", "dtype": precision, **speed})
+    return rows
 
 
 class OurModel:
@@ -88,28 +97,28 @@ class OurModel:
     def __init__(self, folder: pathlib.Path, precision: str, aligned: bool):
         self.decoder = Decoder(checkpoint.load(folder, precision=precision, stacked=jax.default_backend() != "cpu", aligned=aligned).model)
 
-    def prefill(self, tokens: list[int], repeats: int) -> float:
-        """Return tokens/s of a prompt."""
+    def prefill(self, tokens: list[int]) -> Callable[[], Any]:
+        """Return a run of a prompt's prefill."""
 
         def run():
             cache = self.decoder.init_cache(1, PROMPT)
             cache, hidden = self.decoder.prefill([tokens], cache)
             hidden.block_until_ready()
 
-        return len(tokens) / seconds(run, repeats)
+        return run
 
-    def decode(self, batch: int, repeats: int) -> float:
-        """Return tokens/s of greedy decoding."""
+    def decode(self, batch: int) -> Callable[[], Any]:
+        """Return a run of a few steps of greedy decoding."""
         prompts = [list(range(1, DECODE_AT + 1))] * batch
         cache, _ = self.decoder.prefill(prompts, self.decoder.init_cache(batch, 2 * DECODE_AT))
         held, tokens, at = [cache], np.ones(batch, np.int32), [DECODE_AT]
 
         def run():
-            step, held[0] = self.decoder.step(tokens, np.full(batch, at[0], np.int32), held[0], Sampling(temperature=0))
-            at[0] += 1
-            return step
+            for _ in range(DECODE_STEPS):
+                _, held[0] = self.decoder.step(tokens, np.full(batch, at[0], np.int32), held[0], Sampling(temperature=0))
+                at[0] += 1
 
-        return batch / seconds(run, 4 * repeats)
+        return run
 
 
 class MlxModel:
@@ -127,25 +136,22 @@ class MlxModel:
 
         return make_prompt_cache(self.model)
 
-    def prefill(self, tokens: list[int], repeats: int) -> float:
-        """Return tokens/s of a prompt (the model itself, all logits of the last token as its generator asks for)."""
+    def prefill(self, tokens: list[int]) -> Callable[[], Any]:
+        """Return a run of a prompt (the model itself, all logits of the last token as its generator asks for)."""
         prompt = self.mx.array([tokens])
+        return lambda: self.mx.eval(self.model(prompt, cache=self._cache())[:, -1])
 
-        def run():
-            self.mx.eval(self.model(prompt, cache=self._cache())[:, -1])
-
-        return len(tokens) / seconds(run, repeats)
-
-    def decode(self, repeats: int) -> float:
-        """Return tokens/s of greedy decoding at batch 1."""
+    def decode(self) -> Callable[[], Any]:
+        """Return a run of a few steps of greedy decoding at batch 1."""
         cache = self._cache()
         self.mx.eval(self.model(self.mx.array([list(range(1, DECODE_AT + 1))]), cache=cache)[:, -1])
         token = self.mx.array([[1]])
 
         def run():
-            self.mx.eval(self.mx.argmax(self.model(token, cache=cache)[:, -1], axis=-1))
+            for _ in range(DECODE_STEPS):
+                self.mx.eval(self.mx.argmax(self.model(token, cache=cache)[:, -1], axis=-1))
 
-        return 1 / seconds(run, 4 * repeats)
+        return run
 
 
 def write_checkpoint(folder: pathlib.Path, config: ModelConfig, dtype: str) -> None:
@@ -155,41 +161,32 @@ def write_checkpoint(folder: pathlib.Path, config: ModelConfig, dtype: str) -> N
     convert.write_hf(nnx.merge(graph, create()), folder, dtype)
 
 
-def bench_peer(folder: pathlib.Path, tokens: list[int], repeats: int) -> tuple[float, float]:
-    """Return mlx-lm's tokens/s of prefill and of decode at batch 1."""
-    mlx = MlxModel(folder)
-    return mlx.prefill(tokens, 2), mlx.decode(repeats)
-
-
-def bench_inference(precision: str, repeats: int, peer: tuple[float, float] | None) -> tuple[list[dict[str, Any]], tuple[float, float]]:
-    """Return the rows of prefill and decode in one dtype, and the peer's speed: mlx-lm in that dtype, or what is given where it cannot."""
-    rows = []
+def bench_inference(precisions: Sequence[str], repeats: int) -> list[dict[str, Any]]:
+    """Return the rows of prefill and decode: mlx-lm in the first precision, then ours in each, fast and aligned."""
     tokens = np.random.default_rng(0).integers(1, 8192, PROMPT).tolist()
+    prefill, seconds = f"prefill {PROMPT}", {}
     with tempfile.TemporaryDirectory() as name:
-        folder = pathlib.Path(name)
-        write_checkpoint(folder, PRESETS["bench-140m"], DTYPES[precision])
-        try:
-            peer = bench_peer(folder, tokens, repeats)
-            for what, rate in zip((f"prefill {PROMPT}", "decode batch 1"), peer, strict=True):
-                rows.append({"what": what, "dtype": precision, "by": "mlx-lm", "tokens/s": rate, "x mlx-lm": 1.0})
-        except RuntimeError as error:  # its CPU backend multiplies experts in float32 only
-            if peer is None:
-                raise
-            print(f"mlx-lm cannot run {precision} here ({error}): compared with its fp32", flush=True)
-        peer_prefill, peer_decode = peer
-        for aligned in (False, True):
-            ours, how = OurModel(folder, precision, aligned), "aligned" if aligned else "fast"
-            rate = ours.prefill(tokens, repeats)
-            rows.append({"what": f"prefill {PROMPT}", "dtype": precision, "by": how, "tokens/s": rate, "x mlx-lm": rate / peer_prefill})
-            for batch in DECODE_BATCHES:
-                rate = ours.decode(batch, repeats)
-                what = f"decode batch {batch}"
-                rows.append({"what": what, "dtype": precision, "by": how, "tokens/s": rate, "x mlx-lm": rate / peer_decode})
-    fast = {row["what"]: row["tokens/s"] for row in rows if row["by"] == "fast"}
-    for row in rows:
-        if row["by"] == "aligned":
-            row["fast / aligned"] = fast[row["what"]] / row["tokens/s"]
-    return rows, peer
+        folders = {precision: pathlib.Path(name) / precision for precision in precisions}
+        for precision, folder in folders.items():
+            write_checkpoint(folder, PRESETS["bench-140m"], DTYPES[precision])
+        peer = MlxModel(folders[precisions[0]])  # its CPU backend multiplies experts in float32 only
+        key = lambda what: (what, precisions[0], "mlx-lm")
+        seconds |= medians({key(prefill): peer.prefill(tokens)}, 2) | medians({key("decode batch 1"): peer.decode()}, repeats)
+        models = {(p, "aligned" if a else "fast"): OurModel(folders[p], p, a) for p in precisions for a in (False, True)}
+    seconds |= medians({(prefill, *how): model.prefill(tokens) for how, model in models.items()}, repeats)
+    for batch in DECODE_BATCHES:
+        seconds |= medians({(f"decode batch {batch}", *how): model.decode(batch) for how, model in models.items()}, repeats)
+    rows = []
+    for (what, precision, by), taken in seconds.items():
+        amount = PROMPT if what == prefill else DECODE_STEPS * int(what.split()[-1])
+        mlx = PROMPT / seconds[key(prefill)] if what == prefill else DECODE_STEPS / seconds[key("decode batch 1")]
+        row = {"what": what, "dtype": precision, "by": by, "tokens/s": amount / taken, "x mlx-lm": amount / taken / mlx}
+        if by == "aligned":
+            row["aligned / fast time"] = taken / seconds[what, precision, "fast"]
+        if by != "mlx-lm" and precision != precisions[0]:
+            row[f"{precision} / {precisions[0]} time"] = taken / seconds[what, precisions[0], by]
+        rows.append(row)
+    return rows
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -210,12 +207,9 @@ def main(arguments: list[str] | None = None) -> int:
     device = f"{jax.devices()[0].device_kind} ({platform.machine()}, {len(os.sched_getaffinity(0))} cores)"
     machine = {"machine": device, "jax": jax.__version__, "python": platform.python_version()}
     print(json.dumps(machine))
-    training = [bench_training(precision, repeats) for precision in precisions]
+    training = bench_training(precisions, repeats)
     print(table(training), flush=True)
-    inference, peer = [], None
-    for precision in precisions:
-        rows, peer = bench_inference(precision, repeats, peer)
-        inference += rows
+    inference = bench_inference(precisions, repeats)
     print(table(inference))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     print(f"peak memory of this process: {peak:.1f} GiB")
