@@ -10,7 +10,6 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from pallas_kernels.compat import pin
 from pallas_kernels.grouped_matmul import gather_groups, group_rows, grouped_matmul, row_tile_for, scatter_groups, take_rows
 from pallas_kernels.matmul import matmul
 from ring_jax import sharding
@@ -76,8 +75,11 @@ class MoE(nnx.Module):
 
     def combine(self, slots: Float[Array, "*rows A D"], weights: Float[Array, "*rows A"]) -> Float[Array, "*rows D"]:
         """Return the weighted sum over the slots, in their order, in fp32, cast once."""
-        # Products apart from sums: each is rounded once, so no compiler's multiply-add can tell programs apart, and no tiles are needed.
-        weighted = pin(weights[..., None] * slots.astype(jnp.float32), self.numerics.aligned)
+        weighted = weights[..., None] * slots.astype(jnp.float32)
+        if self.numerics.aligned:
+            # Products apart from sums: each is rounded once, so no compiler's multiply-add can tell programs apart and no tiles are
+            # needed. The choice keeps them apart; its second branch is what it replaces (inf or NaN), which no compiler knows.
+            weighted = jnp.where(jnp.isfinite(weighted), weighted, 2 * weighted)
         return functools.reduce(jnp.add, [weighted[..., a, :] for a in range(slots.shape[-2])]).astype(slots.dtype)
 
     def expert_outputs(self, rows: Float[Array, "N D"], experts: Int[Array, "N A"]) -> Float[Array, "N A D"]:

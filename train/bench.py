@@ -38,9 +38,9 @@ GEMMS = ((1024, 1024, 1024), (2048, 2048, 2048), (4096, 1024, 1024), (8192, 256,
 PROMPT = 1024
 DECODE_BATCHES = (1, 16, 64)
 DECODE_AT = 256
-"""Position at which decode is timed."""
+"""Position from which decode is timed."""
 DECODE_STEPS = 8
-"""Steps of one timed run."""
+"""Steps of one timed run; eight runs (the first warms up) end at a chunk's end, whose fold the median leaves out."""
 
 
 def medians(runs: Mapping[Any, Callable[[], Any]], repeats: int) -> dict[Any, float]:
@@ -91,6 +91,11 @@ def bench_training(precisions: Sequence[str], repeats: int) -> list[dict[str, An
     return rows
 
 
+def random_tokens(batch: int, length: int) -> np.ndarray:
+    """Return tokens [batch, length] of the benchmark's vocabulary."""
+    return np.random.default_rng(0).integers(1, 8192, (batch, length), np.int32)
+
+
 class OurModel:
     """Our programs over the benchmark's checkpoint."""
 
@@ -98,24 +103,23 @@ class OurModel:
         self.decoder = Decoder(checkpoint.load(folder, precision=precision, stacked=jax.default_backend() != "cpu", aligned=aligned).model)
 
     def prefill(self, tokens: list[int]) -> Callable[[], Any]:
-        """Return a run of a prompt's prefill."""
+        """Return a run of a prompt's prefill, up to its first new token."""
 
         def run():
-            cache = self.decoder.init_cache(1, PROMPT)
-            cache, hidden = self.decoder.prefill([tokens], cache)
-            hidden.block_until_ready()
+            cache, hidden = self.decoder.prefill([tokens], self.decoder.init_cache(1, PROMPT))
+            self.decoder.first_tokens(hidden, np.array([PROMPT], np.int32), Sampling(temperature=0), 0)
 
         return run
 
     def decode(self, batch: int) -> Callable[[], Any]:
-        """Return a run of a few steps of greedy decoding."""
-        prompts = [list(range(1, DECODE_AT + 1))] * batch
-        cache, _ = self.decoder.prefill(prompts, self.decoder.init_cache(batch, 2 * DECODE_AT))
-        held, tokens, at = [cache], np.ones(batch, np.int32), [DECODE_AT]
+        """Return a run of a few steps of decoding, each slot with tokens (so experts) of its own."""
+        cache, _ = self.decoder.prefill(random_tokens(batch, DECODE_AT).tolist(), self.decoder.init_cache(batch, 2 * DECODE_AT))
+        held, tokens, at = [cache], random_tokens(batch, 2 * DECODE_AT), [DECODE_AT]
 
         def run():
             for _ in range(DECODE_STEPS):
-                _, held[0] = self.decoder.step(tokens, np.full(batch, at[0], np.int32), held[0], Sampling(temperature=0))
+                positions = np.full(batch, at[0], np.int32)
+                _, held[0] = self.decoder.step(tokens[:, at[0]], positions, held[0], Sampling(temperature=0))
                 at[0] += 1
 
         return run
@@ -137,19 +141,28 @@ class MlxModel:
         return make_prompt_cache(self.model)
 
     def prefill(self, tokens: list[int]) -> Callable[[], Any]:
-        """Return a run of a prompt (the model itself, all logits of the last token as its generator asks for)."""
+        """Return a run of a prompt as its generator computes it: the caches of all tokens but the last, then that one's logits."""
         prompt = self.mx.array([tokens])
-        return lambda: self.mx.eval(self.model(prompt, cache=self._cache())[:, -1])
+
+        def run():
+            cache = self._cache()
+            self.model(prompt[:, :-1], cache=cache)
+            self.mx.eval([layer.state for layer in cache])
+            self.mx.eval(self.mx.argmax(self.model(prompt[:, -1:], cache=cache)[:, -1], axis=-1))
+
+        return run
 
     def decode(self) -> Callable[[], Any]:
-        """Return a run of a few steps of greedy decoding at batch 1."""
+        """Return a run of a few steps of decoding at batch 1."""
         cache = self._cache()
-        self.mx.eval(self.model(self.mx.array([list(range(1, DECODE_AT + 1))]), cache=cache)[:, -1])
-        token = self.mx.array([[1]])
+        self.mx.eval(self.model(self.mx.array(random_tokens(1, DECODE_AT)), cache=cache)[:, -1])
+        tokens, at = random_tokens(1, 2 * DECODE_AT), [DECODE_AT]
 
         def run():
             for _ in range(DECODE_STEPS):
+                token = self.mx.array(tokens[:, at[0] : at[0] + 1])
                 self.mx.eval(self.mx.argmax(self.model(token, cache=cache)[:, -1], axis=-1))
+                at[0] += 1
 
         return run
 
@@ -163,7 +176,7 @@ def write_checkpoint(folder: pathlib.Path, config: ModelConfig, dtype: str) -> N
 
 def bench_inference(precisions: Sequence[str], repeats: int) -> list[dict[str, Any]]:
     """Return the rows of prefill and decode: mlx-lm in the first precision, then ours in each, fast and aligned."""
-    tokens = np.random.default_rng(0).integers(1, 8192, PROMPT).tolist()
+    tokens = random_tokens(1, PROMPT)[0].tolist()
     prefill, seconds = f"prefill {PROMPT}", {}
     with tempfile.TemporaryDirectory() as name:
         folders = {precision: pathlib.Path(name) / precision for precision in precisions}
@@ -171,16 +184,18 @@ def bench_inference(precisions: Sequence[str], repeats: int) -> list[dict[str, A
             write_checkpoint(folder, PRESETS["bench-140m"], DTYPES[precision])
         peer = MlxModel(folders[precisions[0]])  # its CPU backend multiplies experts in float32 only
         key = lambda what: (what, precisions[0], "mlx-lm")
-        seconds |= medians({key(prefill): peer.prefill(tokens)}, 2) | medians({key("decode batch 1"): peer.decode()}, repeats)
         models = {(p, "aligned" if a else "fast"): OurModel(folders[p], p, a) for p in precisions for a in (False, True)}
-    seconds |= medians({(prefill, *how): model.prefill(tokens) for how, model in models.items()}, repeats)
+    runs = {key(prefill): peer.prefill(tokens)} | {(prefill, *how): model.prefill(tokens) for how, model in models.items()}
+    seconds |= medians(runs, min(repeats, 5))  # a minute of mlx-lm
     for batch in DECODE_BATCHES:
-        seconds |= medians({(f"decode batch {batch}", *how): model.decode(batch) for how, model in models.items()}, repeats)
+        what = f"decode batch {batch}"
+        runs = {(what, *how): model.decode(batch) for how, model in models.items()}
+        seconds |= medians(({key(what): peer.decode()} if batch == 1 else {}) | runs, repeats)
     rows = []
     for (what, precision, by), taken in seconds.items():
         amount = PROMPT if what == prefill else DECODE_STEPS * int(what.split()[-1])
         mlx = PROMPT / seconds[key(prefill)] if what == prefill else DECODE_STEPS / seconds[key("decode batch 1")]
-        row = {"what": what, "dtype": precision, "by": by, "tokens/s": amount / taken, "x mlx-lm": amount / taken / mlx}
+        row = {"what": what, "dtype": precision, "by": by, "tokens/s": amount / taken, f"x mlx-lm {precisions[0]}": amount / taken / mlx}
         if by == "aligned":
             row["aligned / fast time"] = taken / seconds[what, precision, "fast"]
         if by != "mlx-lm" and precision != precisions[0]:

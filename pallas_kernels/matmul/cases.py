@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
+from pallas_kernels.matmul.tile import ROW_TILE
+
 
 class Case(NamedTuple):
     """One problem: leading axes of x, width, columns of w."""
@@ -19,7 +21,7 @@ class Case(NamedTuple):
 TEST_CASES = {
     "one_row": Case((1,), 16, 24),
     "less_than_a_tile": Case((5,), 48, 40),
-    "one_tile": Case((64,), 32, 64),
+    "one_tile": Case((ROW_TILE,), 32, 64),
     "odd_rows": Case((77,), 33, 7),
     "few_columns": Case((200,), 64, 8),
     "leading_axes": Case((2, 3, 37), 16, 48),

@@ -14,7 +14,7 @@ from pallas_kernels.matmul.cases import TEST_CASES, Case, inputs
 from tests.pallas_kernels.programs import DTYPES, in_float64, jit, random_like, with_gradients
 from tests.pallas_kernels.tolerances import assert_close, assert_same_bits
 
-ROW_COUNTS = (1, 8, 63, 64, 65, 200, 300)
+ROW_COUNTS = (1, 8, ROW_TILE - 1, ROW_TILE, ROW_TILE + 1, 64, 200, 300)
 truth = with_gradients(reference.matmul)
 aligned = jit(functools.partial(matmul, aligned=True))
 
@@ -73,7 +73,7 @@ tiled = lambda x, gate, weight: row_tiled(normalised, [x, gate], [weight])
 def test_row_tiled_rows_do_not_depend_on_how_many_there_are():
     run = jit(tiled)
     everything = run(*row_inputs(max(ROW_COUNTS)))
-    for num in (1, 64, 65):
+    for num in ROW_COUNTS:
         assert_same_bits(run(*row_inputs(num)), jax.tree.map(lambda y, num=num: y[:num], everything))
 
 
@@ -88,8 +88,8 @@ def test_row_tiled_value_and_gradients(num):
 gated_sum = lambda y, gate, weight: {"y": jax.nn.silu(y) * weight, "total": (y * gate + y).sum(-1)}
 
 
-def epilogue_inputs(num):
-    x, w = inputs(Case((num,), 33, 24), jnp.float32)
+def epilogue_inputs(num, dtype=jnp.float32):
+    x, w = inputs(Case((num,), 33, 24), dtype)
     return x, w, *row_inputs(max(ROW_COUNTS))[1:]
 
 
@@ -106,14 +106,15 @@ def test_epilogue_value_and_gradients(num, is_aligned):
     assert_close(actual, in_float64(with_gradients(plain), arguments, cotangents), jnp.float32)
 
 
-def test_epilogue_rows_do_not_depend_on_how_many_there_are():
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_epilogue_rows_do_not_depend_on_how_many_there_are(dtype):
     """Nor on whether the gradient keeps the product."""
-    x, *others = epilogue_inputs(max(ROW_COUNTS))
+    x, *others = epilogue_inputs(max(ROW_COUNTS), DTYPES[dtype])
     run = jit(functools.partial(fused, how=True))
     everything = run(x, *others)
     kept = jit(lambda *arguments: jax.vjp(functools.partial(fused, how=True), *arguments))(x, *others)[0]
     assert_same_bits(kept, everything)
-    for num in (1, 64, 65):
+    for num in ROW_COUNTS:
         assert_same_bits(run(x[:num], *others), jax.tree.map(lambda y, num=num: y[:num], everything))
 
 

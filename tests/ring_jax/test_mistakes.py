@@ -1,5 +1,7 @@
 """The mistakes that other implementations of this model made: ours differs from each of them and agrees with the equations."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -209,3 +211,18 @@ def test_rotary_position_of_a_decode_step(small, small_tensors, tokens):
     mistaken = twin(after, np.append(np.arange(length), 0)).logits[-1]
     assert np.abs(logits - exact).max() < TOLERANCE * np.abs(exact).max()
     assert np.abs(logits - mistaken).max() > VISIBLE
+
+
+@pytest.mark.parametrize("num_slots", [2, 3, 8])
+def test_experts_are_combined_without_multiply_adds(num_slots):
+    """Each product and each sum is rounded by itself, whatever stands around it; infinities and NaN pass."""
+    moe = MoE(SMALL, Numerics(), rngs=nnx.Rngs(0))
+    rng = np.random.default_rng(0)
+    slots, weights = (rng.standard_normal(shape).astype(np.float32) for shape in ((50, num_slots, 24), (50, num_slots)))
+    slots[3, 1, :2] = np.inf, np.nan
+    products = weights[..., None] * slots
+    exact = functools.reduce(np.add, [products[:, a] for a in range(num_slots)])
+    combine = lambda slots, weights: moe.combine(slots, weights)
+    np.testing.assert_array_equal(jax.jit(combine)(slots, weights), exact)
+    around = jax.jit(lambda slots, weights, x: (x + combine(2 * slots, weights)[:7], jax.nn.silu(combine(slots, weights))))
+    np.testing.assert_array_equal(around(slots, weights, exact[:7])[0], exact[:7] + 2 * exact[:7])
