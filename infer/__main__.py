@@ -33,7 +33,10 @@ def _generate_parser() -> _Parser:
     parser = _common("", "Generate text. Other commands: score (log-probabilities of given tokens), align (the alignment report).")
     parser.add_argument("--prompt", metavar="TEXT", help="default: read from stdin")
     parser.add_argument("--prompts", metavar="FILE.jsonl", help='a batch: lines {"prompt": ...}; prints one JSON a line, in order')
-    parser.add_argument("--max-tokens", type=int, default=256, metavar="N")
+    parser.add_argument("--chat", action="store_true", help="a conversation: each line typed is a turn, in the checkpoint's chat template")
+    parser.add_argument("--system", metavar="TEXT", help="with --chat: the system message")
+    parser.add_argument("--thinking", choices=("on", "off"), help="with --chat: the template's enable_thinking (default: the template's)")
+    parser.add_argument("--max-tokens", type=int, metavar="N", help="default 256, with --chat 4096")
     parser.add_argument("--temperature", type=float, default=0.6, help="0 is greedy (default 0.6)")
     parser.add_argument("--top-k", type=int, default=0, metavar="K", help="0: all (default)")
     parser.add_argument("--top-p", type=float, default=1.0, metavar="P")
@@ -88,8 +91,12 @@ def generate(args: argparse.Namespace) -> int:
     from ring_jax.infer.sampling import Sampling
 
     sampling = Sampling(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p)
+    if args.max_tokens is None:
+        args.max_tokens = 4096 if args.chat else 256
     if args.max_tokens < 1:
         raise ValueError(f"max-tokens must be at least 1, not {args.max_tokens}")
+    if args.chat:
+        return converse(args, sampling)
     texts = _prompts(args)
     from ring_jax import checkpoint
     from ring_jax.infer.generate import Decoder, Generation
@@ -118,6 +125,39 @@ def generate(args: argparse.Namespace) -> int:
         f"({args.numerics} numerics, {model.numerics.dtype}; without {decoder.compile_seconds:.1f} s of compilation)",
         file=sys.stderr,
     )
+    return 0
+
+
+def converse(args: argparse.Namespace, sampling: typing.Any) -> int:
+    """Run the conversation of --chat."""
+    if args.prompt is not None or args.prompts is not None:
+        raise ValueError("--chat reads its turns from stdin: give no --prompt or --prompts")
+    from ring_jax import checkpoint
+    from ring_jax.infer.chat import ChatTemplate, chat, typed_turns
+    from ring_jax.infer.generate import Decoder, Generation
+
+    template = ChatTemplate.of_files(checkpoint.text_files(args.checkpoint))
+    if template is None:
+        raise ValueError(f"{args.checkpoint} has no chat template (chat_template.jinja, or chat_template in tokenizer_config.json)")
+    model, config, tokenizer = checkpoint.load(
+        args.checkpoint, precision=args.precision, stacked=_stacked(), aligned=args.numerics == "aligned"
+    )
+    if tokenizer is None:
+        raise ValueError(f"{args.checkpoint} has no tokenizer.json")
+    decoder = Decoder(model)
+
+    def reply(tokens: list[int]) -> typing.Iterator[str]:
+        room = config.num_positions - len(tokens)
+        options = {"max_tokens": max(1, min(args.max_tokens, room)), "sampling": sampling, "seed": args.seed, "stops": args.stop}
+        for piece in Generation(decoder, tokenizer, [tokens], **options):
+            yield piece.text
+
+    thinking = None if args.thinking is None else args.thinking == "on"
+    write = lambda text: print(text, end="", flush=True)
+    try:
+        chat(template, tokenizer, reply, typed_turns(), system=args.system, enable_thinking=thinking, write=write, dim=sys.stdout.isatty())
+    except KeyboardInterrupt:
+        return 130
     return 0
 
 

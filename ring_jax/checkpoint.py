@@ -1,7 +1,8 @@
 """Checkpoints: Orbax for ours, a Hugging Face folder directly, and one way to load a model from either.
 
 A run folder holds `checkpoints/STEP/`, each whole by itself: `params`, `balance`, `optimizer` (arrays by dotted path), `meta` (step, model
-and training config) and `tokenizer`. Orbax writes a step under a temporary name and renames it, so a step is whole or absent.
+and training config), `tokenizer`, and `hf` (what a Hugging Face folder held besides weights, if the model came from one). Orbax writes a
+step under a temporary name and renames it, so a step is whole or absent.
 """
 
 import contextlib
@@ -16,20 +17,29 @@ from typing import Any, NamedTuple
 
 import absl.logging
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore
 from flax import nnx
 
-from ring_jax import convert, scoring, sharding
+from ring_jax import scoring, sharding
 from ring_jax.config import ModelConfig, read_hf_config
+from ring_jax.convert import assets
+from ring_jax.convert.load import is_hf_folder, read_hf
+from ring_jax.convert.names import parameters
+from ring_jax.convert.shards import Tensors, spread_scales
+from ring_jax.convert.store import Reader
 from ring_jax.model import Ring
-from ring_jax.numerics import DTYPES, Numerics, round_weights
+from ring_jax.numerics import DTYPES, BalanceBias, Numerics, round_weight
 from ring_jax.tokenizer import Tokenizer
 
 absl.logging.set_verbosity(absl.logging.FATAL)  # orbax tells of each default it fills in, and of each error that it also raises
 
 ARRAYS = ("params", "balance", "optimizer")
+OBJECTS = ("meta", "tokenizer", "hf")
+CHUNK_BYTES = 64 * 2**20
+"""Most bytes of a stored array's chunk: what reads a part of an array reads whole chunks."""
 RUN_SUBFOLDER = "checkpoints"
 
 
@@ -52,6 +62,12 @@ def from_paths(like: Any, arrays: Mapping[str, Any]) -> Any:
     if problems:
         raise ValueError(f"the checkpoint does not fit its config: {'; '.join(problems)}")
     return jax.tree.unflatten(jax.tree.structure(like), [arrays[path] for path in wanted])
+
+
+def reason(error: BaseException) -> str:
+    """Return why something could not be written: the system's reason, where the error holds one (tensorstore's errors are long)."""
+    code = re.search(r"os_error_code='(\d+)'", str(error))
+    return os.strerror(int(code[1])) if code else _first_line(error)
 
 
 def _first_line(error: BaseException) -> str:
@@ -80,6 +96,9 @@ def _damage(folder: pathlib.Path) -> list[str]:
         except ValueError:
             found.append(f"{file.relative_to(folder)} is not JSON")
     for item in ARRAYS:
+        if (folder / item).is_dir() and not (folder / item / "manifest.ocdbt").is_file():  # as a conversion writes it
+            found += _damaged_arrays(folder / item)
+            continue
         database = {"driver": "ocdbt", "base": f"file://{folder.absolute() / item}/"}
         try:
             keys = sorted(key.decode() for key in tensorstore.KvStore.open(database).result().list().result())
@@ -91,6 +110,20 @@ def _damage(folder: pathlib.Path) -> list[str]:
                 tensorstore.open({"driver": "zarr", "kvstore": {**database, "path": f"{array}/"}}).result().read().result()
             except ValueError:
                 found.append(f"{item} {array} cannot be read whole")
+    return found
+
+
+def _damaged_arrays(item: pathlib.Path) -> list[str]:
+    try:
+        reader = Reader(item)
+    except ValueError:
+        return [f"the list of arrays of {item.name} cannot be read"]
+    found = []
+    for path in reader.paths:
+        try:
+            reader.read(path)
+        except ValueError:
+            found.append(f"{item.name} {path} cannot be read whole")
     return found
 
 
@@ -107,14 +140,10 @@ class Manager:
             cleanup_tmp_directories=not read_only,
         )
         handlers: dict[str, Any] = {name: ocp.StandardCheckpointHandler() for name in ARRAYS}
-        handlers |= {name: ocp.JsonCheckpointHandler() for name in ("meta", "tokenizer")}
+        handlers |= {name: ocp.JsonCheckpointHandler() for name in OBJECTS}
         registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
         for name, handler in handlers.items():
-            kinds = (
-                (ocp.args.JsonSave, ocp.args.JsonRestore)
-                if name in ("meta", "tokenizer")
-                else (ocp.args.StandardSave, ocp.args.StandardRestore)
-            )
+            kinds = (ocp.args.JsonSave, ocp.args.JsonRestore) if name in OBJECTS else (ocp.args.StandardSave, ocp.args.StandardRestore)
             for kind in kinds:
                 registry.add(name, kind, handler)
         self.folder, self._saving = run / RUN_SUBFOLDER, 0
@@ -124,13 +153,31 @@ class Manager:
         """Return the newest step, None if there is none."""
         return self._manager.latest_step()
 
-    def save(self, step: int, *, params: Any, balance: Any, optimizer: Any, meta: dict[str, Any], tokenizer: str | None) -> None:
+    def save(
+        self,
+        step: int,
+        *,
+        params: Any,
+        balance: Any,
+        optimizer: Any,
+        meta: dict[str, Any],
+        tokenizer: str | None,
+        hf: dict[str, Any] | None = None,
+    ) -> None:
         """Start saving; returns once the arrays are copied. Raises ValueError when this save cannot start or the one before failed."""
         self.wait()
         trees = {"params": params, "balance": balance, "optimizer": optimizer}
-        items: dict[str, Any] = {name: ocp.args.StandardSave(by_path(tree)) for name, tree in trees.items()}
+        # Stacked axes are cut first, so that an expert of a layer can be read by itself.
+        stacked = lambda x: tuple(range(max(0, getattr(x, "ndim", 0) - 2)))
+        chunked = lambda arrays: {p: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES, shard_axes=stacked(x)) for p, x in arrays.items()}
+        items: dict[str, Any] = {}
+        for name, tree in trees.items():
+            arrays = by_path(tree)
+            items[name] = ocp.args.StandardSave(arrays, save_args=chunked(arrays))
         items["meta"] = ocp.args.JsonSave(meta)
         items["tokenizer"] = ocp.args.JsonSave({"json": tokenizer})
+        if hf is not None:
+            items["hf"] = ocp.args.JsonSave(hf)
         self._saving = step
         with self._named_errors():
             self._manager.save(step, args=ocp.args.Composite(**items), force=True)
@@ -145,10 +192,8 @@ class Manager:
         try:
             yield
         except (ValueError, OSError, RuntimeError) as error:
-            code = re.search(r"os_error_code='(\d+)'", str(error))  # tensorstore's errors are long
-            reason = os.strerror(int(code[1])) if code else _first_line(error)
             checkpoint = self.folder / str(self._saving)
-            raise ValueError(f"checkpoint {checkpoint} could not be written ({reason}); those before it are whole") from error
+            raise ValueError(f"checkpoint {checkpoint} could not be written ({reason(error)}); those before it are whole") from error
 
     def close(self) -> None:
         """Release the manager's threads."""
@@ -161,6 +206,12 @@ class Manager:
     def tokenizer(self, step: int) -> str | None:
         """Return a step's tokenizer.json, None if it was trained without one."""
         return self._restore(step, tokenizer=ocp.args.JsonRestore())["tokenizer"]["json"]
+
+    def hf(self, step: int) -> dict[str, Any] | None:
+        """Return what came with the weights in a Hugging Face folder (see `convert.assets`), None if the model did not come from one."""
+        if not (self.folder / str(step) / "hf").is_dir():
+            return None
+        return self._restore(step, hf=ocp.args.JsonRestore())["hf"]
 
     def restore(self, step: int, like: Mapping[str, Any]) -> dict[str, Any]:
         """Return trees of a step, by name, in the structure and with the shardings (default: the first device) of those given."""
@@ -209,7 +260,7 @@ def find(path: str | pathlib.Path) -> _Found:
         return _Found(folder, steps[-1])
     if folder.name.isdigit() and folder.parent.name == RUN_SUBFOLDER:
         return _Found(folder.parent.parent, int(folder.name))
-    if convert.is_hf_folder(folder):
+    if is_hf_folder(folder):
         return _Found(folder, None)
     raise ValueError(f"{folder} is neither a run folder, one of its checkpoints, nor a Hugging Face folder (config.json and *.safetensors)")
 
@@ -232,8 +283,9 @@ def load(
     if found.step is None:
         config = read_hf_config(found.folder)
         abstract = nnx.eval_shape(lambda: Ring(config, rngs=nnx.Rngs(0), stacked=stacked))
-        arrays: dict[str, Any] = convert.read_hf(found.folder, abstract)
-        stored = "bf16" if arrays["embedding"].dtype == "bfloat16" else "fp32"
+        placed = mesh and by_path(sharding.shardings(nnx.state(abstract, (nnx.Param, BalanceBias)), mesh))
+        arrays: dict[str, Any]
+        arrays, stored = read_hf(found.folder, abstract, placed)
         has_tokenizer = (found.folder / "tokenizer.json").is_file()
         tokenizer = Tokenizer.from_file(found.folder) if has_tokenizer else None
     else:
@@ -245,10 +297,15 @@ def load(
             tokenizer = Tokenizer.from_json(text) if text else None
             abstract = nnx.eval_shape(lambda: Ring(config, rngs=nnx.Rngs(0)))
             _, params, balance, _ = scoring.split(abstract)
+            if mesh is not None and stacked:
+                with_sharding = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)
+                params, balance = (jax.tree.map(with_sharding, tree, sharding.shardings(tree, mesh)) for tree in (params, balance))
             trees = manager.restore(found.step, {"params": params, "balance": balance})
         finally:
             manager.close()
         arrays = by_path(trees["params"]) | by_path(trees["balance"])
+        del trees
+        _apply_scales(arrays, found, abstract)
         if not stacked:
             arrays = _unstack(arrays, abstract, nnx.eval_shape(lambda: Ring(config, rngs=nnx.Rngs(0), stacked=False)))
     if precision is not None and precision not in DTYPES:
@@ -257,12 +314,58 @@ def load(
     return Loaded(build(config, numerics, arrays, stacked=stacked, mesh=mesh), config, tokenizer)
 
 
-def build(config: ModelConfig, numerics: Numerics, arrays: Mapping[str, Any], *, stacked: bool = True, mesh: Any = None) -> Ring:
-    """Return a model with these arrays by dotted path, rounded to the numerics' dtype once, on the mesh if there is one."""
+def _apply_scales(arrays: dict[str, Any], found: _Found, abstract: Ring) -> None:
+    """Multiply what is kept in block-scaled FP8 with its scales, in fp32, rounded to bf16: in place, one array at a time."""
+    folder = found.folder / RUN_SUBFOLDER / str(found.step) / "scales"
+    if not folder.is_dir():
+        return
+    reader, joined = Reader(folder), {p.path: len(p.slices[0].tensors) for p in parameters(abstract)}
+    for path in reader.paths:
+        array, scales = arrays.pop(path), jnp.asarray(reader.read(path))
+        scaled = lambda x, s, n=joined[path]: (x * spread_scales(s, x.shape, n)).astype(jnp.bfloat16).astype(x.dtype)
+        arrays[path] = jax.jit(scaled, out_shardings=array.sharding)(array, scales)
+
+
+def load_weights(path: str | pathlib.Path, config: ModelConfig, params: Any, balance: Any) -> tuple[Any, Any, dict[str, Any] | None]:
+    """Return the weights of a checkpoint as fp32 master weights, in the structure and with the shardings given, and its item "hf".
+
+    Raises ValueError in one line for a missing, damaged or unfitting checkpoint.
+    """
+    found, abstract = find(path), nnx.eval_shape(lambda: Ring(config, rngs=nnx.Rngs(0)))
+    if found.step is not None:
+        manager = Manager(found.folder, read_only=True)
+        try:
+            trees = manager.restore(found.step, {"params": params, "balance": balance})
+            arrays, hf = by_path(trees["params"]), manager.hf(found.step)
+        finally:
+            manager.close()
+        _apply_scales(arrays, found, abstract)
+        return from_paths(params, arrays), trees["balance"], hf
+    wanted = by_path(params) | by_path(balance)
+    arrays, _ = read_hf(found.folder, abstract, {path: leaf.sharding for path, leaf in wanted.items()})
+    for path in wanted:  # one at a time: both copies of a large model would not fit
+        arrays[path] = arrays.pop(path).astype(wanted[path].dtype)
+    return from_paths(params, arrays), from_paths(balance, arrays), assets.read(Tensors(found.folder), parameters(abstract))
+
+
+def build(config: ModelConfig, numerics: Numerics, arrays: dict[str, Any], *, stacked: bool = True, mesh: Any = None) -> Ring:
+    """Return a model with these arrays by dotted path, rounded to the numerics' dtype once, on the mesh if there is one.
+
+    The arrays are taken out of the dictionary one by one: two copies of a large model would not fit.
+    """
     graph, params, balance, tables = scoring.split(nnx.eval_shape(lambda: Ring(config, numerics, rngs=nnx.Rngs(0), stacked=stacked)))
-    as_float32 = lambda tree: jax.tree.map(lambda x: x.astype("float32"), tree)
-    params = round_weights(as_float32(from_paths(params, arrays)), numerics.dtype)
-    balance = as_float32(from_paths(balance, arrays))
+    from_paths(params, arrays)
+    from_paths(balance, arrays)
+
+    def take(path: tuple[Any, ...], variable: nnx.Variable) -> nnx.Variable:
+        array = arrays.pop(".".join(str(key.key) for key in path))
+        if mesh is not None:
+            array = jax.device_put(array, sharding.shardings(variable, mesh).get_value())
+        fp32 = isinstance(variable, BalanceBias) or variable.get_metadata("keep_fp32", False)
+        return variable.replace(array.astype("float32") if fp32 else round_weight(array, numerics.dtype))
+
+    is_variable = lambda x: isinstance(x, nnx.Variable)
+    params, balance = (jax.tree_util.tree_map_with_path(take, tree, is_leaf=is_variable) for tree in (params, balance))
     model = nnx.merge(graph, params, balance, tables)
     model.init_tables()
     if mesh is not None:
@@ -287,6 +390,19 @@ def _unstack(arrays: Mapping[str, Any], stacked: Ring, unstacked: Ring) -> dict[
     return out
 
 
+def text_files(path: str | pathlib.Path) -> dict[str, str]:
+    """Return what a checkpoint says about chatting: the text of tokenizer_config.json and chat_template.jinja, where it has them."""
+    found = find(path)
+    if found.step is None:
+        files = (found.folder / name for name in ("tokenizer_config.json", "chat_template.jinja"))
+        return {file.name: file.read_text(encoding="utf-8") for file in files if file.is_file()}
+    manager = Manager(found.folder, read_only=True)
+    try:
+        return (manager.hf(found.step) or {"files": {}})["files"]
+    finally:
+        manager.close()
+
+
 def training_remat(path: str | pathlib.Path) -> str:
     """Return the rematerialisation a checkpoint was trained with ("none" for a Hugging Face folder)."""
     found = find(path)
@@ -294,6 +410,6 @@ def training_remat(path: str | pathlib.Path) -> str:
         return "none"
     manager = Manager(found.folder, read_only=True)
     try:
-        return manager.meta(found.step)["train"]["remat"]
+        return manager.meta(found.step).get("train", {}).get("remat", "none")
     finally:
         manager.close()

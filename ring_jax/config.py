@@ -211,6 +211,19 @@ def preset(name: str) -> ModelConfig:
     return PRESETS[name]
 
 
+def read_config(folder: pathlib.Path) -> ModelConfig:
+    """Return the model config of a run folder, one of its checkpoints, or a Hugging Face folder. Raises ValueError naming the folder."""
+    for file in (folder / "meta" / "metadata", folder / "config.json"):
+        if file.is_file():
+            try:
+                fields = json.loads(file.read_text(encoding="utf-8"))
+            except ValueError as error:
+                raise ValueError(f"{file} is not JSON: {error}") from None
+            if isinstance(fields, dict) and isinstance(fields.get("model"), dict):
+                return ModelConfig.from_json(json.dumps(fields["model"]))
+    return read_hf_config(folder)
+
+
 HF_ARCHITECTURE = "BailingMoeLinearV2ForCausalLM"
 HF_MODEL_TYPE = "bailing_moe_linear"
 # Our field, theirs. Fields a config.json may leave out are in HF_DEFAULTS.

@@ -22,8 +22,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from ring_jax import checkpoint, convert, flops, numerics
+from ring_jax import checkpoint, flops, numerics
 from ring_jax.config import PRESETS, ModelConfig
+from ring_jax.convert.to_hf import write_hf
 from ring_jax.hugepages import use_huge_pages
 from ring_jax.infer.generate import Decoder
 from ring_jax.infer.sampling import Sampling
@@ -171,7 +172,7 @@ def write_checkpoint(folder: pathlib.Path, config: ModelConfig, dtype: str) -> N
     """Write a random checkpoint of the config."""
     create = numerics.jit(lambda: nnx.split(Ring(config, rngs=nnx.Rngs(0)))[1], Numerics(aligned=False))
     graph, _ = nnx.split(nnx.eval_shape(lambda: Ring(config, rngs=nnx.Rngs(0))))
-    convert.write_hf(nnx.merge(graph, create()), folder, dtype)
+    write_hf(nnx.merge(graph, create()), folder, dtype)
 
 
 def bench_inference(precisions: Sequence[str], repeats: int) -> list[dict[str, Any]]:

@@ -3,11 +3,12 @@
 import argparse
 import dataclasses
 import math
+import pathlib
 import types
 import typing
 from typing import Any
 
-from ring_jax.config import PRESETS, ModelConfig, preset
+from ring_jax.config import PRESETS, ModelConfig, preset, read_config
 
 
 def _check_least(config: Any, section: str, least: dict[str, float]) -> None:
@@ -83,11 +84,11 @@ class TrainConfig:
     """Everything a training run is."""
 
     model: str = "demo"
-    """A preset."""
+    """A preset, or a folder whose weights training starts from: a run, one of its checkpoints, or a Hugging Face folder."""
     data: tuple[str, ...] = ()
     """Text, jsonl, parquet or arrayrecord files or folders, PATH or PATH:WEIGHT; default: the interpreter's standard library."""
     tokenizer: str = "train:4096"
-    """bytes, a tokenizer.json or its folder, or train:N (a BPE of N tokens trained on the data)."""
+    """bytes, a tokenizer.json or its folder, or train:N (a BPE of N tokens trained on the data); a folder as model brings its own."""
     mesh: str = "1x1"
     """FSDPxEXPERT, or named axes as in data=2,fsdp=4,expert=8."""
     steps: int = 200
@@ -179,7 +180,7 @@ def _add_fields(parser: Any, cls: type, prefix: str, shown: bool) -> None:
 
 
 def parse_args(arguments: list[str]) -> tuple[TrainConfig, ModelConfig, bool]:
-    """Return the run's configuration, its model (the preset with overrides), and whether the vocabulary size was given.
+    """Return the run's configuration, its model (the preset's or the folder's, with overrides), and whether the vocabulary is fixed.
 
     Raises ValueError for a value that is not allowed; exits with one line for arguments that cannot be read.
     """
@@ -209,5 +210,18 @@ def from_values(given: dict[str, Any]) -> tuple[TrainConfig, ModelConfig, bool]:
     for section, values in nested.items():
         default = next(field.default for field in dataclasses.fields(TrainConfig) if field.name == section)
         top[section] = dataclasses.replace(default, **values)  # pyright: ignore
-    config = TrainConfig(**top)
-    return config, dataclasses.replace(preset(config.model), **overrides), "vocab_size" in overrides
+    folder = starting_folder(TrainConfig(**top))
+    if folder is None:
+        config = TrainConfig(**top)
+        return config, dataclasses.replace(preset(config.model), **overrides), "vocab_size" in overrides
+    if "tokenizer" not in top:
+        run = folder.parent.parent if (folder / "meta").is_dir() else folder  # a run's tokenizer.json is the run folder's
+        if not (run / "tokenizer.json").is_file():
+            raise ValueError(f"{folder} has no tokenizer.json: give --tokenizer")
+        top["tokenizer"] = str(run)
+    return TrainConfig(**top), dataclasses.replace(read_config(folder), **overrides), True
+
+
+def starting_folder(config: TrainConfig) -> pathlib.Path | None:
+    """Return the folder whose weights a run starts from, None if its model is a preset."""
+    return pathlib.Path(config.model) if config.model not in PRESETS and pathlib.Path(config.model).is_dir() else None

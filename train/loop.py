@@ -16,9 +16,10 @@ import numpy as np
 
 from ring_jax import checkpoint, flops, sharding
 from ring_jax.config import ModelConfig
+from ring_jax.convert.assets import with_tokenizer
 from ring_jax.numerics import DTYPES
 from ring_jax.scoring import Batch, host_batch
-from ring_jax.train.config import TrainConfig
+from ring_jax.train.config import TrainConfig, starting_folder
 from ring_jax.train.data import Data, load_data
 from ring_jax.train.metrics import Metrics, Progress
 from ring_jax.train.step import Program, StepMetrics, TrainState, make_program, numerics_of
@@ -36,7 +37,7 @@ class Interrupted(NamedTuple):
 
 def run_folder(config: TrainConfig) -> pathlib.Path:
     """Return the run folder a configuration names."""
-    return pathlib.Path(config.output or f"runs/{config.model}")
+    return pathlib.Path(config.output or f"runs/{pathlib.Path(config.model).name}")
 
 
 def check_folder(config: TrainConfig) -> pathlib.Path:
@@ -44,6 +45,9 @@ def check_folder(config: TrainConfig) -> pathlib.Path:
     folder = run_folder(config)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"output {folder} is a file: name another --output")
+    source = starting_folder(config)
+    if source is not None and not config.resume and (folder.resolve() == source.resolve() or folder.resolve() in source.resolve().parents):
+        raise ValueError(f"output {folder} is where the weights come from: name another --output")
     if folder.is_dir() and any(folder.iterdir()) and not (config.resume or config.overwrite):
         raise ValueError(f"output folder {folder} exists: continue it with --resume, replace it with --overwrite, or name another --output")
     return folder
@@ -81,7 +85,10 @@ def train(config: TrainConfig, model: ModelConfig, vocab_given: bool) -> Interru
     folder = check_folder(config)
     open_manager = lambda: checkpoint.Manager(folder, keep_last=config.checkpoint.keep_last, keep_every=config.checkpoint.keep_every)
     manager = open_manager() if config.resume and folder.is_dir() else None
-    start = (manager.latest() or 0) if manager else 0
+    latest = manager.latest() if manager else None
+    if manager and latest is not None and "train" not in manager.meta(latest):
+        raise ValueError(f"{folder} holds converted weights, no run to resume: train from them with --model {folder} and another --output")
+    start = latest or 0
     text = ""
     if manager and start:
         model, text = _saved_model(manager, start, model, vocab_given, folder)
@@ -93,11 +100,18 @@ def train(config: TrainConfig, model: ModelConfig, vocab_given: bool) -> Interru
         seed=config.seed,
         eval_fraction=config.eval.fraction,
     )
+    from_folder = starting_folder(config)
     if not start:
-        model = _fit_vocabulary(model, data, vocab_given)
+        model = _fit_vocabulary(model, data, vocab_given, keep_stops=_own_tokenizer(config))
     mesh = sharding.make_mesh(sizes)
     program = make_program(model, numerics_of(config), config.optimizer, config.steps, config.seed, mesh)
-    state = _restore(manager, start, program) if manager and start else program.init()
+    if manager and start:
+        state, hf = _restore(manager, start, program), manager.hf(start)
+    elif from_folder is not None:
+        params, balance, hf = checkpoint.load_weights(from_folder, model, _abstract(program).params, _abstract(program).balance)
+        state, hf = program.start(params, balance), hf and with_tokenizer(hf, data.tokenizer.to_json())
+    else:
+        state, hf = program.init(), None
     if manager is None:  # the arguments and the data are good: only now is an old run replaced
         if config.overwrite:
             shutil.rmtree(folder, ignore_errors=True)
@@ -111,7 +125,7 @@ def train(config: TrainConfig, model: ModelConfig, vocab_given: bool) -> Interru
         f"{config.precision}, {config.numerics} numerics; {folder}{f' from step {start}' if start else ''}",
         file=sys.stderr,
     )
-    run = _Run(config, model, data, program, manager, folder, start)
+    run = _Run(config, model, data, program, manager, folder, start, hf)
     try:
         ended = run.to_the_end(state)
     except BaseException:
@@ -122,13 +136,20 @@ def train(config: TrainConfig, model: ModelConfig, vocab_given: bool) -> Interru
     return ended
 
 
-def _fit_vocabulary(model: ModelConfig, data: Data, fixed: bool) -> ModelConfig:
-    """The model with the tokenizer's vocabulary, rounded up so that it shards; unless its size was given."""
+def _own_tokenizer(config: TrainConfig) -> bool:
+    """Whether a run uses the tokenizer of the folder it starts from."""
+    folder = starting_folder(config)
+    return folder is not None and pathlib.Path(config.tokenizer) in (folder, folder.parent.parent)
+
+
+def _fit_vocabulary(model: ModelConfig, data: Data, fixed: bool, keep_stops: bool) -> ModelConfig:
+    """The model with the tokenizer's vocabulary, rounded up so that it shards, unless its size was given; and its stop tokens."""
     size = data.tokenizer.vocab_size
     if fixed and size > model.vocab_size:
         raise ValueError(f"the tokenizer has {size} tokens, more than the model's vocabulary of {model.vocab_size}")
     fitted = model.vocab_size if fixed else -(-size // 128) * 128
-    return dataclasses.replace(model, vocab_size=fitted, stop_tokens=tuple(data.tokenizer.eos_ids))
+    stops = model.stop_tokens if keep_stops and model.stop_tokens else tuple(data.tokenizer.eos_ids)
+    return dataclasses.replace(model, vocab_size=fitted, stop_tokens=stops)
 
 
 def _trees(state: TrainState) -> dict[str, Any]:
@@ -137,12 +158,14 @@ def _trees(state: TrainState) -> dict[str, Any]:
     return {"params": state.params, "balance": state.balance, "optimizer": rest}
 
 
+def _abstract(program: Program) -> TrainState:
+    """The shapes of a state, with their shardings."""
+    with_sharding = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)
+    return jax.tree.map(with_sharding, program.abstract, program.state_shardings)
+
+
 def _restore(manager: checkpoint.Manager, step: int, program: Program) -> TrainState:
-    like = program.abstract
-    if program.state_shardings is not None:
-        with_sharding = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)
-        like = jax.tree.map(with_sharding, like, program.state_shardings)
-    trees = manager.restore(step, _trees(like))
+    trees = manager.restore(step, _trees(_abstract(program)))
     rest = trees["optimizer"]
     return TrainState(rest["step"], trees["params"], trees["balance"], rest["state"], rest["skipped"], rest["skipped_in_a_row"])
 
@@ -159,7 +182,9 @@ class _Run:
         manager: checkpoint.Manager,
         folder: pathlib.Path,
         start: int,
+        hf: dict[str, Any] | None,
     ):
+        self.hf = hf
         self.config, self.model, self.data, self.program, self.manager, self.start = config, model, data, program, manager, start
         self.metrics, self.progress = Metrics(folder, start), Progress(start, config.steps)
         self.flops = flops.training_flops_per_token(model, config.seq_len)
@@ -253,7 +278,7 @@ class _Run:
             "model": dataclasses.asdict(self.model),
             "train": dataclasses.asdict(self.config),
         }
-        self.manager.save(step, **_trees(state), meta=meta, tokenizer=self.data.tokenizer.to_json())
+        self.manager.save(step, **_trees(state), meta=meta, tokenizer=self.data.tokenizer.to_json(), hf=self.hf)
 
     def close(self) -> None:
         """Restore the signal handlers and finish the files."""

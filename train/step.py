@@ -51,6 +51,7 @@ class Program(NamedTuple):
     graph: Any
     tables: Any
     init: Callable[[], TrainState]
+    start: Callable[[Any, Any], TrainState]
     abstract: TrainState
     step: Callable[[TrainState, Any, Batch], tuple[TrainState, StepMetrics]]
     evaluate: Callable[[Any, Any, Any, Batch], tuple[Float[Array, ""], Float[Array, ""]]]
@@ -72,8 +73,11 @@ def make_program(
 
     def fresh() -> tuple[TrainState, Any]:
         _, params, biases, tables = scoring.split(Ring(config, how, rngs=nnx.Rngs(seed)))
+        return start(params, biases), tables
+
+    def start(params: Any, biases: Any) -> TrainState:
         zero = jnp.zeros((), jnp.int32)
-        return TrainState(zero, params, biases, optimizer.init(params), zero, zero), tables
+        return TrainState(zero, params, biases, optimizer.init(params), zero, zero)
 
     graph, *_ = scoring.split(nnx.eval_shape(lambda: Ring(config, how, rngs=nnx.Rngs(seed))))
     abstract, abstract_tables = jax.eval_shape(fresh)
@@ -121,6 +125,7 @@ def make_program(
         graph=graph,
         tables=jax.jit(lambda: fresh()[1], out_shardings=place(table_specs))(),
         init=jax.jit(lambda: fresh()[0], out_shardings=state_shardings),
+        start=jax.jit(start, out_shardings=state_shardings, donate_argnums=(0, 1)),
         abstract=abstract,
         step=numerics.jit(step, how, donate_argnums=0, out_shardings=step_shardings),
         evaluate=numerics.jit(evaluate, how),

@@ -12,7 +12,7 @@ from ring_jax.infer.generate import Decoder
 from ring_jax.infer.score import Scorer
 from ring_jax.tokenizer import Tokenizer
 from tests.ring_jax.models import SMALL, write_hf
-from tests.ring_jax.numpy_ring import random_tensors
+from tests.ring_jax.random_tensors import random_tensors
 
 
 class Bytes(NamedTuple):

@@ -18,7 +18,7 @@ from ring_jax.model import Ring
 from ring_jax.numerics import Table, name
 from ring_jax.scoring import host_batch
 from tests.ring_jax.models import GOLDEN, SMALL, write_hf
-from tests.ring_jax.numpy_ring import random_tensors
+from tests.ring_jax.random_tensors import random_tensors
 
 CONFIG = dataclasses.replace(SMALL, num_layers=3)
 DOCUMENTS = [np.random.default_rng(length).integers(0, 96, length).tolist() for length in (9, 150, 70)]

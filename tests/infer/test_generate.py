@@ -15,7 +15,7 @@ from ring_jax.infer.generate import Decoder, Generation, Step, bucket
 from ring_jax.infer.sampling import Sampling
 from ring_jax.tokenizer import Tokenizer
 from tests.ring_jax.models import SMALL, same_bits, write_hf
-from tests.ring_jax.numpy_ring import random_tensors
+from tests.ring_jax.random_tensors import random_tensors
 
 GREEDY = Sampling(temperature=0)
 RANDOM = Sampling(temperature=0.9, top_k=50, top_p=0.95)

@@ -8,9 +8,9 @@ import pytest
 from ring_jax.infer import score
 from ring_jax.infer.__main__ import main
 from ring_jax.infer.score import read_lines, score_lines
+from ring_jax.reference import Twin
 from ring_jax.tokenizer import Tokenizer
 from tests.ring_jax.models import same_bits
-from tests.ring_jax.numpy_ring import Twin
 
 # Long and short lines mixed, an empty one and one of a single token.
 LENGTHS = (5, 140, 1, 17, 0, 200, 3, 64, 140, 2)

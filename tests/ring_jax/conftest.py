@@ -8,7 +8,7 @@ import pytest
 
 from ring_jax import checkpoint
 from tests.ring_jax.models import GOLDEN, SMALL, Programs, write_hf
-from tests.ring_jax.numpy_ring import Tensors, random_tensors
+from tests.ring_jax.random_tensors import Tensors, random_tensors
 
 
 @pytest.fixture(scope="session")

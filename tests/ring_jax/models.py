@@ -16,7 +16,7 @@ from ring_jax.config import ModelConfig, to_hf
 from ring_jax.infer.align import layer_values
 from ring_jax.infer.taps import tapped
 from ring_jax.model import Ring
-from tests.ring_jax.numpy_ring import Tensors
+from tests.ring_jax.random_tensors import Tensors
 
 GOLDEN = pathlib.Path(__file__).parent.parent / "golden"
 

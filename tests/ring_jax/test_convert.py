@@ -11,13 +11,16 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
-from ring_jax import checkpoint, convert
-from ring_jax.config import to_hf
+from ring_jax import checkpoint
+from ring_jax.config import to_hf as config_to_hf
+from ring_jax.convert import to_hf
+from ring_jax.convert.names import parameters
 from ring_jax.model import Ring
 from ring_jax.numerics import Numerics
+from ring_jax.reference import Twin
 from ring_jax.tokenizer import Tokenizer
 from tests.ring_jax.models import GOLDEN, SMALL, Programs, same_bits, write_hf
-from tests.ring_jax.numpy_ring import Twin, random_tensors
+from tests.ring_jax.random_tensors import random_tensors
 
 CONFIG = dataclasses.replace(SMALL, num_mtp_layers=1)
 
@@ -60,7 +63,7 @@ def test_fp32_checkpoint_in_bf16(small_tensors, tmp_path):
 @pytest.mark.parametrize("stacked", [True, False])
 def test_what_is_written_is_read(tmp_path, tensors, stacked):
     model = checkpoint.load(write_hf(tmp_path / "a", CONFIG, tensors), stacked=stacked).model
-    convert.write_hf(model, tmp_path / "b")
+    to_hf.write_hf(model, tmp_path / "b")
     again = load_file(tmp_path / "b" / "model.safetensors")
     assert again.keys() == tensors.keys()
     assert same_bits([again[name] for name in tensors], [tensors[name] for name in tensors])
@@ -72,8 +75,7 @@ def test_what_is_written_is_read(tmp_path, tensors, stacked):
 def test_every_parameter_has_its_tensors(tensors):
     """A checkpoint's tensors and the model's parameters are the same numbers, each once."""
     model = nnx.eval_shape(lambda: Ring(CONFIG, Numerics(), rngs=nnx.Rngs(0)))
-    entries = [source for found in convert.sources(model).values() for _, source in found]
-    names = [expert for source in entries for name in source.tensors for expert in convert._expert_names(source, name)]
+    names = [name for parameter in parameters(model) for part in parameter.slices for name in part.tensors]
     assert len(names) == len(set(names))
     assert set(names) == tensors.keys()
 
@@ -83,7 +85,7 @@ def test_shards(tmp_path, tensors):
     whole = checkpoint.load(write_hf(tmp_path / "whole", CONFIG, tensors)).model
     folder, names = tmp_path / "shards", sorted(tensors)
     folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(to_hf(CONFIG)))
+    (folder / "config.json").write_text(json.dumps(config_to_hf(CONFIG)))
     where = {name: f"model-{1 + i % 3}-of-3.safetensors" for i, name in enumerate(names)}
     for file in set(where.values()):
         save_file({name: tensors[name] for name in names if where[name] == file}, folder / file)

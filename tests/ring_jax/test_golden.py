@@ -7,8 +7,8 @@ import pytest
 from safetensors.numpy import load_file
 
 from ring_jax.config import read_hf_config
+from ring_jax.reference import Twin
 from tests.ring_jax.models import GOLDEN
-from tests.ring_jax.numpy_ring import Twin
 
 NAMES = ("periodic", "trailing")
 TOLERANCE = 2e-5

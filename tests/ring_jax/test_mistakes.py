@@ -16,8 +16,9 @@ from ring_jax.linear_attention import log_decay
 from ring_jax.model import Ring
 from ring_jax.moe import MoE
 from ring_jax.numerics import Numerics
+from ring_jax.reference import Twin, sigmoid
 from tests.ring_jax.models import GOLDEN, SMALL, Forward
-from tests.ring_jax.numpy_ring import Tensors, Twin, sigmoid
+from tests.ring_jax.random_tensors import Tensors
 
 TOLERANCE = 2e-5
 VISIBLE = 1e-3

@@ -16,8 +16,9 @@ from ring_jax.config import PRESETS, preset
 from ring_jax.layers import rotary_tables
 from ring_jax.model import Ring, Run, layer_pattern
 from ring_jax.numerics import Numerics
+from ring_jax.reference import Twin
 from tests.ring_jax.models import SMALL, YARN, Programs, pad, same_bits, write_hf
-from tests.ring_jax.numpy_ring import Twin, random_tensors
+from tests.ring_jax.random_tensors import random_tensors
 
 LENGTHS = (200, 131, 64)
 WIDTHS = (100, 1)

@@ -7,9 +7,12 @@ import numpy as np
 import pytest
 
 from ring_jax import checkpoint
+from ring_jax.convert.from_hf import from_hf
+from ring_jax.convert.to_hf import to_hf
 from ring_jax.linear_attention import log_decay
+from ring_jax.reference import Twin
 from tests.ring_jax.models import SMALL, YARN, Programs, write_hf
-from tests.ring_jax.numpy_ring import Twin, random_tensors
+from tests.ring_jax.random_tensors import random_tensors
 
 mx = pytest.importorskip("mlx.core", reason="mlx does not load here", exc_type=ImportError)
 utils = pytest.importorskip("mlx_lm.utils", reason="mlx-lm does not load here", exc_type=ImportError)
@@ -34,9 +37,10 @@ def test_logits(tmp_path, tokens, scaling):
     for name in tensors:
         if name.endswith("expert_bias"):
             tensors[name] = abs(tensors[name])  # theirs masks dropped groups with 0: see model.md
-    folder = write_hf(tmp_path, config, tensors)
-    theirs = of_mlx(folder, tokens)
-    ours = Programs(checkpoint.load(folder).model).forward(tokens).logits
+    from_hf(write_hf(tmp_path / "hf", config, tensors), tmp_path / "ours")
+    to_hf(tmp_path / "ours", tmp_path / "out")
+    theirs = of_mlx(tmp_path / "out", tokens)
+    ours = Programs(checkpoint.load(tmp_path / "ours").model).forward(tokens).logits
     scale = np.abs(theirs).max()
     assert np.abs(ours - theirs).max() < TOLERANCE * scale
     assert np.abs(ours - Twin(config, tensors)(tokens).logits).max() < TOLERANCE * scale

@@ -1,4 +1,4 @@
-"""The whole model in float64 numpy, from the equations alone: the oracle of the model's tests.
+"""The whole model in numpy, from the equations alone: what `convert --verify` and the model's tests compare with.
 
 It shares nothing with the model but `ModelConfig`'s fields. Weights are those of a Hugging Face checkpoint, by name, [out, in]; linear
 attention is its recurrence, softmax attention and the experts are loops. One document, no cache. Each method is one statement of the
@@ -6,13 +6,11 @@ model, so that a test states a mistake by overriding one.
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from ring_jax.config import ModelConfig
-
-Tensors = dict[str, np.ndarray]
 
 
 class Result(NamedTuple):
@@ -24,15 +22,25 @@ class Result(NamedTuple):
 
 
 def sigmoid(x: np.ndarray) -> np.ndarray:
+    """Return the logistic function."""
     return 1 / (1 + np.exp(-x))
 
 
-class Twin:
-    """A checkpoint's model."""
+class Weights:
+    """Tensors by name in one dtype, each read (by indexing) and cast when asked for."""
 
-    def __init__(self, config: ModelConfig, tensors: Tensors):
-        self.config = config
-        self.tensors = {name: np.asarray(tensor).astype(np.float64) for name, tensor in tensors.items()}
+    def __init__(self, tensors: Any, dtype: str):
+        self._tensors, self._dtype = tensors, dtype
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return np.asarray(self._tensors[name]).astype(self._dtype)
+
+
+class Twin:
+    """A checkpoint's model, computed in `dtype`."""
+
+    def __init__(self, config: ModelConfig, tensors: Any, dtype: str = "float64"):
+        self.config, self.dtype, self.tensors = config, dtype, Weights(tensors, dtype)
 
     def __call__(self, tokens: np.ndarray, positions: np.ndarray | None = None) -> Result:
         """Return what the model makes of one document, whose positions count from 0 unless given."""
@@ -45,6 +53,7 @@ class Twin:
         return Result(self.rms(x, self.tensors["model.norm.weight"]) @ head.T, np.array(hidden), states)
 
     def block(self, layer: int, x: np.ndarray, positions: np.ndarray, states: dict[int, np.ndarray], mixer: str) -> np.ndarray:
+        """Return the residual stream after a layer."""
         p = f"model.layers.{layer}."
         mix = self.linear if mixer == "linear" else self.softmax
         x = self.residual(x + mix(layer, self.rms(x, self.tensors[p + "input_layernorm.weight"]), positions, states))
@@ -62,24 +71,28 @@ class Twin:
         return self.rms(x, self.tensors[p + "final_layernorm.weight"])
 
     def mixer(self, layer: int) -> str:
+        """Return the kind of a layer: it closes a group, or stands behind the last whole one."""
         period, layers = self.config.period, self.config.num_layers
         return "softmax" if (layer + 1) % period == 0 or layer >= layers // period * period else "linear"
 
     def residual(self, x: np.ndarray) -> np.ndarray:
+        """Return the residual stream as it is kept."""
         return x
 
     def rms(self, x: np.ndarray, weight: np.ndarray) -> np.ndarray:
+        """Return the RMS norm over the last axis."""
         return x / np.sqrt((x * x).mean(-1, keepdims=True) + self.config.norm_eps) * weight
 
     # Softmax attention.
 
     def softmax(self, layer: int, x: np.ndarray, positions: np.ndarray, states: dict[int, np.ndarray]) -> np.ndarray:
+        """Return grouped-query attention."""
         config, p = self.config, f"model.layers.{layer}.attention."
         heads, kv, size = config.num_heads, config.num_kv_heads, config.head_size
         qkv = (x @ self.tensors[p + "query_key_value.weight"].T).reshape(len(x), heads + 2 * kv, size)
         q, k, v = np.split(qkv, [heads, heads + kv], axis=1)
         q, k = self.norm_and_rotate(p, q, k, positions)
-        out = np.zeros((len(x), heads, size))
+        out = np.zeros((len(x), heads, size), x.dtype)
         for h in range(heads):
             scores = q[:, h] @ k[:, h // (heads // kv)].T / math.sqrt(size)
             scores[np.triu_indices(len(x), 1)] = -np.inf
@@ -88,6 +101,7 @@ class Twin:
         return out.reshape(len(x), -1) @ self.tensors[p + "dense.weight"].T
 
     def norm_and_rotate(self, p: str, q: np.ndarray, k: np.ndarray, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return queries and keys, normalised per head and rotated."""
         q = self.rms(q, self.tensors[p + "query_layernorm.weight"])
         k = self.rms(k, self.tensors[p + "key_layernorm.weight"])
         return self.rotate(q, positions), self.rotate(k, positions)
@@ -95,11 +109,12 @@ class Twin:
     def rotate(self, x: np.ndarray, positions: np.ndarray) -> np.ndarray:
         """Rotate channels (j, j + half) of the first 2 half ones."""
         half = int(self.config.head_size * self.config.partial_rotary_factor) // 2
-        cos, sin = (t[:, None] for t in self.angles(positions, half))
+        cos, sin = (t[:, None].astype(x.dtype) for t in self.angles(positions, half))
         a, b, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
         return np.concatenate([a * cos - b * sin, b * cos + a * sin, rest], axis=-1)
 
     def angles(self, positions: np.ndarray, half: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return cos and sin of the rotary angles [T, half], with YaRN (arXiv 2309.00071) if configured."""
         frequency, amplitude = self.config.rope_theta ** (-np.arange(half) / half), 1.0
         if self.config.rope_scaling:
             # YaRN: a channel that turns more than beta_fast times in the original length stays, one of less than beta_slow turns is
@@ -119,11 +134,13 @@ class Twin:
     # Linear attention.
 
     def linear(self, layer: int, x: np.ndarray, positions: np.ndarray, states: dict[int, np.ndarray]) -> np.ndarray:
+        """Return Lightning attention, by its recurrence."""
         config, p = self.config, f"model.layers.{layer}.attention."
         qkv = (x @ self.tensors[p + "query_key_value.weight"].T).reshape(len(x), 3, config.num_heads, config.head_size)
         q, k, v = self.linear_heads(*(qkv[:, i] for i in range(3)))
         q, k = self.norm_and_rotate(p, q, k, positions)
-        decay, state, out = np.exp(self.log_decay(layer))[:, None, None], np.zeros((config.num_heads,) + (config.head_size,) * 2), []
+        decay, out = np.exp(self.log_decay(layer))[:, None, None].astype(x.dtype), []
+        state = np.zeros((config.num_heads,) + (config.head_size,) * 2, x.dtype)
         for q_t, k_t, v_t in zip(q, k, v, strict=True):
             state = self.update(state, decay, k_t, v_t)
             out.append(np.einsum("hk,hkv->hv", q_t, state) / math.sqrt(config.head_size))
@@ -132,38 +149,47 @@ class Twin:
         return self.gated(np.reshape(out, (len(x), -1)), gate, self.tensors[p + "g_norm.weight"]) @ self.tensors[p + "dense.weight"].T
 
     def linear_heads(self, q: np.ndarray, k: np.ndarray, v: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return the heads of a linear layer."""
         return q, k, v
 
     def log_decay(self, layer: int) -> np.ndarray:
+        """Return the log decay of each head."""
         heads = self.config.num_heads
         lower = 2 ** int(math.log2(heads))
         slopes = [2 ** (-8 * (h + 1) / lower) for h in range(lower)] + [2 ** (-4 * (2 * h + 1) / lower) for h in range(heads - lower)]
         return -np.array(slopes) * self.fade(layer)
 
     def fade(self, layer: int) -> float:
+        """Return how the decay fades with depth."""
         return 1 - (layer - self.config.decay_layer_offset) / (self.config.num_layers - 1) + 1e-5
 
     def update(self, state: np.ndarray, decay: np.ndarray, k: np.ndarray, v: np.ndarray) -> np.ndarray:
+        """Return the state after one token."""
         return decay * state + np.einsum("hk,hv->hkv", k, v)
 
     def gated(self, o: np.ndarray, gate: np.ndarray, weight: np.ndarray) -> np.ndarray:
+        """Return the gated output."""
         return self.group_norm(o, weight) * sigmoid(gate)
 
     def group_norm(self, o: np.ndarray, weight: np.ndarray) -> np.ndarray:
+        """Return the RMS norm over groups of channels."""
         groups = o.reshape(len(o), self.norm_groups(), -1)
         return (groups / np.sqrt((groups**2).mean(-1, keepdims=True) + self.config.norm_eps)).reshape(o.shape) * weight
 
     def norm_groups(self) -> int:
+        """Return the number of groups."""
         return self.config.num_norm_groups
 
     # FFN.
 
     def swiglu(self, x: np.ndarray, p: str) -> np.ndarray:
+        """Return down(silu(gate x) * up x)."""
         gate, up, down = (self.tensors[f"{p}{name}_proj.weight"] for name in ("gate", "up", "down"))
         z = x @ gate.T
         return (z * sigmoid(z) * (x @ up.T)) @ down.T
 
     def moe(self, x: np.ndarray, p: str) -> np.ndarray:
+        """Return the chosen experts' weighted outputs and the shared expert's."""
         scores = sigmoid(x @ self.tensors[p + "gate.weight"].T)
         y = self.swiglu(x, p + "shared_experts.") if self.config.num_shared_experts else np.zeros_like(x)
         for t, row in enumerate(scores):
@@ -183,50 +209,5 @@ class Twin:
         return np.argsort(-kept.reshape(-1), kind="stable")[: config.num_active_experts]
 
     def dropped(self) -> float:
+        """Return the rank of experts in dropped groups."""
         return -np.inf
-
-
-def random_tensors(config: ModelConfig, seed: int = 0, scale: float = 0.25) -> Tensors:
-    """Return a random checkpoint of this config, fp32, with every norm and bias away from its initial value."""
-    rng = np.random.default_rng(seed)
-    width, heads, kv, size = config.hidden_size, config.num_heads, config.num_kv_heads, config.head_size
-    tensors: Tensors = {}
-
-    def add(name: str, *shape: int, about: float = 0.0) -> None:
-        tensors[name] = (about + scale * rng.standard_normal(shape)).astype(np.float32)
-
-    def swiglu(p: str, ffn: int) -> None:
-        add(p + "gate_proj.weight", ffn, width)
-        add(p + "up_proj.weight", ffn, width)
-        add(p + "down_proj.weight", width, ffn)
-
-    add("model.word_embeddings.weight", config.vocab_size, width)
-    add("model.norm.weight", width, about=1)
-    if not config.tie_embeddings:
-        add("lm_head.weight", config.vocab_size, width)
-    for layer in range(config.num_layers + config.num_mtp_layers):
-        p, further = f"model.layers.{layer}.", layer >= config.num_layers
-        linear = not further and config.mixer(layer) == "linear"
-        add(p + "input_layernorm.weight", width, about=1)
-        add(p + "post_attention_layernorm.weight", width, about=1)
-        add(p + "attention.query_key_value.weight", (3 * heads if linear else heads + 2 * kv) * size, width)
-        add(p + "attention.query_layernorm.weight", size, about=1)
-        add(p + "attention.key_layernorm.weight", size, about=1)
-        add(p + "attention.dense.weight", width, heads * size)
-        if linear:
-            add(p + "attention.g_proj.weight", heads * size, width)
-            add(p + "attention.g_norm.weight", heads * size, about=1)
-        if further:
-            for name in ("enorm", "hnorm", "final_layernorm"):
-                add(f"{p}{name}.weight", width, about=1)
-            add(p + "eh_proj.weight", width, 2 * width)
-        if layer < config.num_dense_layers:
-            swiglu(p + "mlp.", config.ffn_size)
-            continue
-        add(p + "mlp.gate.weight", config.num_experts, width)
-        add(p + "mlp.gate.expert_bias", config.num_experts)
-        for e in range(config.num_experts):
-            swiglu(f"{p}mlp.experts.{e}.", config.expert_size)
-        if config.num_shared_experts:
-            swiglu(p + "mlp.shared_experts.", config.shared_expert_size)
-    return tensors
