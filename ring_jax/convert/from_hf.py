@@ -161,10 +161,9 @@ def _stream(parameter: Parameter, stored: Layout, tensors: Tensors, writer: Writ
             continue
         with np.errstate(over="ignore"):  # what a narrower dtype cannot hold is told of below
             value = np.ascontiguousarray(chunk.part.read(tensors, chunk.region), stored.dtype)
-        if check_finite and not _is_finite(value):
-            names = chunk.part.tensors
-            whole = zip(names, np.split(value, len(names), axis=-1), strict=True) if len(names) > 1 else [(names[0], value)]
-            problems += [name for name, tensor in whole if name not in problems and not _is_finite(tensor)]
+        if check_finite and not (finite := np.isfinite(value.astype(np.float32)).reshape(-1, value.shape[-1]).all(0)).all():
+            names = chunk.part.owners(np.flatnonzero(~finite) + chunk.region[-1].start)
+            problems += [name for name in names if name not in problems]
             continue  # not written, so that the next run looks again
         waiting.append((writer.write(parameter.path, chunk.index, value), nbytes))
         in_flight += nbytes
@@ -173,10 +172,6 @@ def _stream(parameter: Parameter, stored: Layout, tensors: Tensors, writer: Writ
     while waiting:
         _finished(*waiting.popleft(), progress, writer)
     return problems
-
-
-def _is_finite(value: np.ndarray) -> bool:
-    return bool(np.isfinite(value.astype(np.float32)).all())
 
 
 def _finished(future: Any, nbytes: int, progress: Progress, writer: Writer) -> int:

@@ -74,10 +74,10 @@ class Slice(NamedTuple):
                 parts.append(tensors.read(name, first, last - first)[:, region[0]].T)
         return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=-1)
 
-    def split(self, value: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
-        """Yield the tensors, by name, of a whole part's value: the inverse of `read`."""
-        for name, part in zip(self.tensors, np.split(value, len(self.tensors), axis=-1), strict=True):
-            yield name, part.T if self.transposed else part
+    def owners(self, columns: np.ndarray) -> list[str]:
+        """Return the tensors that hold these columns of the part's last axis."""
+        width = self.shape[-1] // len(self.tensors)
+        return [self.tensors[i] for i in sorted(set((columns // width).tolist()))]
 
 
 class Parameter(NamedTuple):

@@ -96,10 +96,8 @@ def _differing_tensors(wanted: list[Parameter], tensors: Tensors, ours: Checkpoi
                 differ = theirs.astype(narrow).view(f"u{narrow.itemsize}") != held.astype(narrow).view(f"u{narrow.itemsize}")
                 progress.add(held.nbytes)
                 if differ.any():
-                    width = part.stored_shape[0] if part.transposed else part.shape[-1]
-                    first = chunk.region[-1].start if part.transposed else 0
-                    columns = np.flatnonzero(differ.reshape(-1, differ.shape[-1]).any(0)) + first
-                    for name in {part.tensors[min(int(column) // width, len(part.tensors) - 1)] for column in columns}:
+                    columns = np.flatnonzero(differ.reshape(-1, differ.shape[-1]).any(0))
+                    for name in part.owners(columns + chunk.region[-1].start):
                         yield f"{name} differs ({parameter.path}{list(part.index) or ''})"
 
 
