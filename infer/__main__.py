@@ -7,21 +7,15 @@ import pathlib
 import sys
 import typing
 
+from ring_jax.command_line import Parser
 from ring_jax.hugepages import use_huge_pages
 
 COMMANDS = ("score", "align")
 
 
-class _Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line."""
-
-    def error(self, message: str) -> typing.NoReturn:
-        self.exit(2, f"error: {message} (see --help)\n")
-
-
-def _common(command: str, description: str) -> _Parser:
+def _common(command: str, description: str) -> Parser:
     prog = "python -m ring_jax.infer" + (f" {command}" if command else "")
-    parser = _Parser(prog=prog, description=description, allow_abbrev=False)
+    parser = Parser(prog=prog, description=description, allow_abbrev=False)
     parser.add_argument("--checkpoint", required=True, metavar="DIR", help="a run folder, one of its checkpoints, or a Hugging Face folder")
     parser.add_argument("--precision", choices=("fp32", "bf16"), help="of products (default: the checkpoint's)")
     if command != "align":
@@ -29,7 +23,7 @@ def _common(command: str, description: str) -> _Parser:
     return parser
 
 
-def _generate_parser() -> _Parser:
+def _generate_parser() -> Parser:
     parser = _common("", "Generate text. Other commands: score (log-probabilities of given tokens), align (the alignment report).")
     parser.add_argument("--prompt", metavar="TEXT", help="default: read from stdin")
     parser.add_argument("--prompts", metavar="FILE.jsonl", help='a batch: lines {"prompt": ...}; prints one JSON a line, in order')
@@ -45,13 +39,13 @@ def _generate_parser() -> _Parser:
     return parser
 
 
-def _score_parser() -> _Parser:
+def _score_parser() -> Parser:
     parser = _common("score", "Print the raw log-probability of each token of each line, one JSON a line.")
     parser.add_argument("--input", required=True, metavar="FILE.jsonl", help='lines {"tokens": [...]} or {"text": ...}')
     return parser
 
 
-def _align_parser() -> _Parser:
+def _align_parser() -> Parser:
     parser = _common("align", "Compare the bits of log-probabilities from training, prefill and decode; exit 1 if one differs.")
     parser.add_argument("--text", metavar="FILE", help="text to score (default: the standard library's; random ids without a tokenizer)")
     parser.add_argument("--tokens", type=int, default=2048, metavar="N", help="tokens to compare (default 2048)")
@@ -149,7 +143,8 @@ def converse(args: argparse.Namespace, sampling: typing.Any) -> int:
     def reply(tokens: list[int]) -> typing.Iterator[str]:
         room = config.num_positions - len(tokens)
         options = {"max_tokens": max(1, min(args.max_tokens, room)), "sampling": sampling, "seed": args.seed, "stops": args.stop}
-        for piece in Generation(decoder, tokenizer, [tokens], **options):
+        # In some tokenizers <think> is a special token.
+        for piece in Generation(decoder, tokenizer, [tokens], skip_special=False, **options):
             yield piece.text
 
     thinking = None if args.thinking is None else args.thinking == "on"

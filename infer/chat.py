@@ -7,6 +7,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NoReturn
 
 import jinja2
+from jinja2 import nodes
+from jinja2.ext import Extension
+from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from ring_jax.tokenizer import Tokenizer
@@ -20,8 +23,9 @@ class ChatTemplate:
     """A chat template as Hugging Face tokenizers state it: Jinja, in a sandbox, with the names that templates expect."""
 
     def __init__(self, source: str, special_tokens: Mapping[str, str]):
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
-        environment.filters["tojson"] = lambda x, indent=None: json.dumps(x, ensure_ascii=False, indent=indent)
+        extensions = ["jinja2.ext.loopcontrols", GenerationTag]
+        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
+        environment.filters["tojson"] = _to_json
         environment.globals["raise_exception"] = _raise
         environment.globals["strftime_now"] = lambda format: datetime.datetime.now().strftime(format)
         try:
@@ -54,6 +58,21 @@ class ChatTemplate:
             return self._template.render(messages=list(messages), add_generation_prompt=True, **options, **self._special_tokens)
         except Exception as error:  # templates run code of their own
             raise ValueError(f"the chat template refuses this conversation: {error}") from None
+
+
+class GenerationTag(Extension):
+    """{% generation %} ... {% endgeneration %}: marks what a model says, for training; here its body is text like all other."""
+
+    tags = {"generation"}
+
+    def parse(self, parser: Parser) -> list[nodes.Node]:
+        """Return the body of the tag."""
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def _to_json(x: Any, ensure_ascii: bool = False, indent: int | None = None, separators: Any = None, sort_keys: bool = False) -> str:
+    return json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
 def _raise(message: str) -> NoReturn:

@@ -138,8 +138,8 @@ class Piece(NamedTuple):
 class _Reply:
     """The text of one reply as it grows: holds back what may become a stop string."""
 
-    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str]):
-        self._decoder, self._stops, self._held = StreamDecoder(tokenizer), [s for s in stops if s], ""
+    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str], skip_special: bool):
+        self._decoder, self._stops, self._held = StreamDecoder(tokenizer, skip_special), [s for s in stops if s], ""
 
     def add(self, token: int, last: bool) -> tuple[str, bool]:
         """Return the text that is certain after one more token, and whether a stop string ended the reply."""
@@ -162,7 +162,10 @@ class _Reply:
 
 
 class Generation:
-    """Replies to a batch of prompts, streamed; `timing` is filled when the pieces are exhausted."""
+    """Replies to a batch of prompts, streamed; `timing` is filled when the pieces are exhausted.
+
+    skip_special: leave special tokens out of the text (those that end a reply never are in it).
+    """
 
     def __init__(
         self,
@@ -174,6 +177,7 @@ class Generation:
         sampling: Sampling,
         seed: int,
         stops: Sequence[str],
+        skip_special: bool = True,
     ):
         if not 0 <= seed < 1 << 32:
             raise ValueError(f"seed must be from 0 to {(1 << 32) - 1}, not {seed}")
@@ -189,7 +193,7 @@ class Generation:
             if max(prompt) >= vocab:
                 raise ValueError(f"token {max(prompt)} is outside the model's vocabulary of {vocab}")
         self.decoder, self.tokenizer, self.prompts = decoder, tokenizer, prompts
-        self.max_tokens, self.sampling, self.seed, self.stops = max_tokens, sampling, seed, stops
+        self.max_tokens, self.sampling, self.seed, self.stops, self.skip_special = max_tokens, sampling, seed, stops, skip_special
         self.timing = Timing(0, 0.0, 0, 0.0)
 
     def __iter__(self) -> Iterator[Piece]:
@@ -205,7 +209,7 @@ class Generation:
         cache, hidden = self.decoder.prefill(prompts, cache)
         step = self.decoder.first_tokens(hidden, lengths, self.sampling, self.seed)
         prefill_seconds, started = clock() - started, clock()
-        replies = [_Reply(self.tokenizer, self.stops) for _ in prompts]
+        replies = [_Reply(self.tokenizer, self.stops, self.skip_special) for _ in prompts]
         live, positions, decoded = np.ones(len(prompts), bool), lengths.copy(), 0
         for count in range(1, self.max_tokens + 1):
             for slot in np.flatnonzero(live):

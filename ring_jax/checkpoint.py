@@ -17,8 +17,6 @@ from typing import Any, NamedTuple
 
 import absl.logging
 import jax
-import jax.numpy as jnp
-import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore
 from flax import nnx
@@ -26,10 +24,10 @@ from flax import nnx
 from ring_jax import scoring, sharding
 from ring_jax.config import ModelConfig, read_hf_config
 from ring_jax.convert import assets
-from ring_jax.convert.load import is_hf_folder, read_hf
-from ring_jax.convert.names import parameters
-from ring_jax.convert.shards import Tensors, spread_scales
-from ring_jax.convert.store import Reader
+from ring_jax.convert.load import Folder, Source, is_hf_folder, read_arrays, weights_dtype
+from ring_jax.convert.names import check, parameters
+from ring_jax.convert.shards import Tensors
+from ring_jax.convert.store import Checkpoint, Reader
 from ring_jax.model import Ring
 from ring_jax.numerics import DTYPES, BalanceBias, Numerics, round_weight
 from ring_jax.tokenizer import Tokenizer
@@ -244,6 +242,15 @@ class _Found(NamedTuple):
     folder: pathlib.Path
     step: int | None
 
+    @contextlib.contextmanager
+    def manager(self) -> Iterator[Manager]:
+        """The checkpoints of the run, to be read."""
+        manager = Manager(self.folder, read_only=True)
+        try:
+            yield manager
+        finally:
+            manager.close()
+
 
 def find(path: str | pathlib.Path) -> _Found:
     """Return what a path names: a run folder (its newest checkpoint), one checkpoint of ours, or a Hugging Face folder.
@@ -282,48 +289,32 @@ def load(
     found = find(path)
     if found.step is None:
         config = read_hf_config(found.folder)
-        abstract = nnx.eval_shape(lambda: Ring(config, rngs=nnx.Rngs(0), stacked=stacked))
-        placed = mesh and by_path(sharding.shardings(nnx.state(abstract, (nnx.Param, BalanceBias)), mesh))
-        arrays: dict[str, Any]
-        arrays, stored = read_hf(found.folder, abstract, placed)
-        has_tokenizer = (found.folder / "tokenizer.json").is_file()
-        tokenizer = Tokenizer.from_file(found.folder) if has_tokenizer else None
+        tokenizer = Tokenizer.from_file(found.folder) if (found.folder / "tokenizer.json").is_file() else None
     else:
-        manager = Manager(found.folder, read_only=True)
-        try:
-            meta = manager.meta(found.step)
-            config, stored = ModelConfig.from_json(json.dumps(meta["model"])), meta["precision"]
+        with found.manager() as manager:
+            config = ModelConfig.from_json(json.dumps(manager.meta(found.step)["model"]))
             text = manager.tokenizer(found.step)
-            tokenizer = Tokenizer.from_json(text) if text else None
-            abstract = nnx.eval_shape(lambda: Ring(config, rngs=nnx.Rngs(0)))
-            _, params, balance, _ = scoring.split(abstract)
-            if mesh is not None and stacked:
-                with_sharding = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)
-                params, balance = (jax.tree.map(with_sharding, tree, sharding.shardings(tree, mesh)) for tree in (params, balance))
-            trees = manager.restore(found.step, {"params": params, "balance": balance})
-        finally:
-            manager.close()
-        arrays = by_path(trees["params"]) | by_path(trees["balance"])
-        del trees
-        _apply_scales(arrays, found, abstract)
-        if not stacked:
-            arrays = _unstack(arrays, abstract, nnx.eval_shape(lambda: Ring(config, rngs=nnx.Rngs(0), stacked=False)))
+        tokenizer = Tokenizer.from_json(text) if text else None
+    source, stored = _source(found, config)
+    abstract = nnx.eval_shape(lambda: Ring(config, rngs=nnx.Rngs(0), stacked=stacked))
+    placed = mesh and by_path(sharding.shardings(nnx.state(abstract, (nnx.Param, BalanceBias)), mesh))
+    arrays: dict[str, Any] = read_arrays(source, parameters(abstract), placed)
     if precision is not None and precision not in DTYPES:
         raise ValueError(f"unknown precision {precision!r}; known: {', '.join(DTYPES)}")
     numerics = Numerics(aligned=aligned, dtype=DTYPES[precision or stored], remat=remat)
     return Loaded(build(config, numerics, arrays, stacked=stacked, mesh=mesh), config, tokenizer)
 
 
-def _apply_scales(arrays: dict[str, Any], found: _Found, abstract: Ring) -> None:
-    """Multiply what is kept in block-scaled FP8 with its scales, in fp32, rounded to bf16: in place, one array at a time."""
-    folder = found.folder / RUN_SUBFOLDER / str(found.step) / "scales"
-    if not folder.is_dir():
-        return
-    reader, joined = Reader(folder), {p.path: len(p.slices[0].tensors) for p in parameters(abstract)}
-    for path in reader.paths:
-        array, scales = arrays.pop(path), jnp.asarray(reader.read(path))
-        scaled = lambda x, s, n=joined[path]: (x * spread_scales(s, x.shape, n)).astype(jnp.bfloat16).astype(x.dtype)
-        arrays[path] = jax.jit(scaled, out_shardings=array.sharding)(array, scales)
+def _source(found: _Found, config: ModelConfig) -> tuple[Source, str]:
+    """What the weights are read from, and their precision. Raises ValueError that lists all that does not fit the config."""
+    wanted = parameters(nnx.eval_shape(lambda: Ring(config, rngs=nnx.Rngs(0))))
+    if found.step is None:
+        tensors = Tensors(found.folder)
+        check(tensors, wanted, found.folder)
+        return Folder(tensors), weights_dtype(tensors)
+    with found.manager() as manager:
+        precision = manager.meta(found.step)["precision"]
+    return Checkpoint(found.folder / RUN_SUBFOLDER / str(found.step), wanted), precision
 
 
 def load_weights(path: str | pathlib.Path, config: ModelConfig, params: Any, balance: Any) -> tuple[Any, Any, dict[str, Any] | None]:
@@ -331,21 +322,18 @@ def load_weights(path: str | pathlib.Path, config: ModelConfig, params: Any, bal
 
     Raises ValueError in one line for a missing, damaged or unfitting checkpoint.
     """
-    found, abstract = find(path), nnx.eval_shape(lambda: Ring(config, rngs=nnx.Rngs(0)))
-    if found.step is not None:
-        manager = Manager(found.folder, read_only=True)
-        try:
-            trees = manager.restore(found.step, {"params": params, "balance": balance})
-            arrays, hf = by_path(trees["params"]), manager.hf(found.step)
-        finally:
-            manager.close()
-        _apply_scales(arrays, found, abstract)
-        return from_paths(params, arrays), trees["balance"], hf
-    wanted = by_path(params) | by_path(balance)
-    arrays, _ = read_hf(found.folder, abstract, {path: leaf.sharding for path, leaf in wanted.items()})
+    found, wanted = find(path), by_path(params) | by_path(balance)
+    source, _ = _source(found, config)
+    described = parameters(nnx.eval_shape(lambda: Ring(config, rngs=nnx.Rngs(0))))
+    arrays: dict[str, Any] = read_arrays(source, described, {path: leaf.sharding for path, leaf in wanted.items()})
     for path in wanted:  # one at a time: both copies of a large model would not fit
         arrays[path] = arrays.pop(path).astype(wanted[path].dtype)
-    return from_paths(params, arrays), from_paths(balance, arrays), assets.read(Tensors(found.folder), parameters(abstract))
+    if found.step is None:
+        hf = assets.read(Tensors(found.folder), described)
+    else:
+        with found.manager() as manager:
+            hf = manager.hf(found.step)
+    return from_paths(params, arrays), from_paths(balance, arrays), hf
 
 
 def build(config: ModelConfig, numerics: Numerics, arrays: dict[str, Any], *, stacked: bool = True, mesh: Any = None) -> Ring:
@@ -374,33 +362,14 @@ def build(config: ModelConfig, numerics: Numerics, arrays: dict[str, Any], *, st
     return model
 
 
-def _unstack(arrays: Mapping[str, Any], stacked: Ring, unstacked: Ring) -> dict[str, Any]:
-    """Stacked arrays by path, as those of the layout with a buffer a layer."""
-    where = {}  # layer -> where it is in the stack
-    for i, segment in enumerate(stacked.pattern):
-        for j, run in enumerate(segment):
-            for group, layers in enumerate(run.layers):
-                where |= {layer: (f"segments.{i}.{j}.", group, position) for position, layer in enumerate(layers)}
-    out = {path: array for path, array in arrays.items() if not path.startswith("segments.")}
-    for i, segment in enumerate(unstacked.pattern):
-        prefix, group, position = where[segment[0].layers[0][0]]
-        for path, array in arrays.items():
-            if path.startswith(prefix):
-                out[f"segments.{i}.0.{path[len(prefix) :]}"] = np.asarray(array)[group, position][None, None]
-    return out
-
-
 def text_files(path: str | pathlib.Path) -> dict[str, str]:
     """Return what a checkpoint says about chatting: the text of tokenizer_config.json and chat_template.jinja, where it has them."""
     found = find(path)
     if found.step is None:
         files = (found.folder / name for name in ("tokenizer_config.json", "chat_template.jinja"))
         return {file.name: file.read_text(encoding="utf-8") for file in files if file.is_file()}
-    manager = Manager(found.folder, read_only=True)
-    try:
+    with found.manager() as manager:
         return (manager.hf(found.step) or {"files": {}})["files"]
-    finally:
-        manager.close()
 
 
 def training_remat(path: str | pathlib.Path) -> str:
@@ -408,8 +377,5 @@ def training_remat(path: str | pathlib.Path) -> str:
     found = find(path)
     if found.step is None:
         return "none"
-    manager = Manager(found.folder, read_only=True)
-    try:
+    with found.manager() as manager:
         return manager.meta(found.step).get("train", {}).get("remat", "none")
-    finally:
-        manager.close()

@@ -5,7 +5,7 @@ import signal
 import sys
 
 from ring_jax.hugepages import use_huge_pages
-from ring_jax.train.config import parse_args
+from ring_jax.train.config import parse_args, run_folder
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -19,7 +19,7 @@ def main(arguments: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    folder = loop.run_folder(config)
+    folder = run_folder(config)
     if ended.signal is not None:
         resume = shlex.join([a for a in arguments if a not in ("--resume", "--overwrite")] + ["--resume"])
         print(

@@ -8,6 +8,7 @@ import types
 import typing
 from typing import Any
 
+from ring_jax.command_line import Parser
 from ring_jax.config import PRESETS, ModelConfig, preset, read_config
 
 
@@ -139,13 +140,6 @@ def _parse_bool(text: str) -> bool:
     return text.lower() == "true"
 
 
-class _Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line."""
-
-    def error(self, message: str) -> typing.NoReturn:
-        self.exit(2, f"error: {message} (see --help)\n")
-
-
 def _doc(cls: type, name: str) -> str:
     """The string literal under a field, as its help."""
     import ast
@@ -184,7 +178,7 @@ def parse_args(arguments: list[str]) -> tuple[TrainConfig, ModelConfig, bool]:
 
     Raises ValueError for a value that is not allowed; exits with one line for arguments that cannot be read.
     """
-    parser = _Parser(
+    parser = Parser(
         prog="python -m ring_jax.train",
         description="Train a Ring-linear hybrid model.",
         epilog=f"Presets: {', '.join(PRESETS)}. Every model field can be overridden: --model.num_layers 10, --model.hidden_size 512, ...",
@@ -210,16 +204,24 @@ def from_values(given: dict[str, Any]) -> tuple[TrainConfig, ModelConfig, bool]:
     for section, values in nested.items():
         default = next(field.default for field in dataclasses.fields(TrainConfig) if field.name == section)
         top[section] = dataclasses.replace(default, **values)  # pyright: ignore
-    folder = starting_folder(TrainConfig(**top))
+    config = TrainConfig(**top)
+    folder = starting_folder(config)
     if folder is None:
-        config = TrainConfig(**top)
-        return config, dataclasses.replace(preset(config.model), **overrides), "vocab_size" in overrides
+        run = run_folder(config)
+        # A run that started from a folder which is gone goes on from what it has saved.
+        saved = config.resume and config.model not in PRESETS and (run / "config.json").is_file()
+        return config, dataclasses.replace(read_config(run) if saved else preset(config.model), **overrides), "vocab_size" in overrides
     if "tokenizer" not in top:
         run = folder.parent.parent if (folder / "meta").is_dir() else folder  # a run's tokenizer.json is the run folder's
         if not (run / "tokenizer.json").is_file():
             raise ValueError(f"{folder} has no tokenizer.json: give --tokenizer")
         top["tokenizer"] = str(run)
     return TrainConfig(**top), dataclasses.replace(read_config(folder), **overrides), True
+
+
+def run_folder(config: TrainConfig) -> pathlib.Path:
+    """Return the run folder a configuration names."""
+    return pathlib.Path(config.output or f"runs/{pathlib.Path(config.model).name}")
 
 
 def starting_folder(config: TrainConfig) -> pathlib.Path | None:

@@ -19,7 +19,7 @@ from ring_jax.config import ModelConfig
 from ring_jax.convert.assets import with_tokenizer
 from ring_jax.numerics import DTYPES
 from ring_jax.scoring import Batch, host_batch
-from ring_jax.train.config import TrainConfig, starting_folder
+from ring_jax.train.config import TrainConfig, run_folder, starting_folder
 from ring_jax.train.data import Data, load_data
 from ring_jax.train.metrics import Metrics, Progress
 from ring_jax.train.step import Program, StepMetrics, TrainState, make_program, numerics_of
@@ -33,11 +33,6 @@ class Interrupted(NamedTuple):
 
     step: int
     signal: int | None
-
-
-def run_folder(config: TrainConfig) -> pathlib.Path:
-    """Return the run folder a configuration names."""
-    return pathlib.Path(config.output or f"runs/{pathlib.Path(config.model).name}")
 
 
 def check_folder(config: TrainConfig) -> pathlib.Path:

@@ -1,20 +1,13 @@
 """The conversion command: python -m ring_jax.convert from-hf HF_DIR OUT, or to-hf CHECKPOINT OUT."""
 
-import argparse
 import pathlib
 import sys
-import typing
+
+from ring_jax.command_line import Parser
 
 
-class _Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line."""
-
-    def error(self, message: str) -> typing.NoReturn:
-        self.exit(2, f"error: {message} (see --help)\n")
-
-
-def _parser() -> _Parser:
-    parser = _Parser(prog="python -m ring_jax.convert", description="Convert checkpoints: Hugging Face in, Hugging Face out.")
+def _parser() -> Parser:
+    parser = Parser(prog="python -m ring_jax.convert", description="Convert checkpoints: Hugging Face in, Hugging Face out.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="from-hf | to-hf")
     into = commands.add_parser("from-hf", help="a Hugging Face folder into a run folder with one checkpoint", allow_abbrev=False)
     into.add_argument("source", metavar="HF_DIR")
@@ -22,8 +15,8 @@ def _parser() -> _Parser:
     into.add_argument("--keep-fp8", action="store_true", help="store block-scaled FP8 tensors as they are (default: as bf16)")
     into.add_argument("--to-hybrid", action="store_true", help="from a softmax-only base of the family: the start of a hybrid")
     into.add_argument("--layer-group-size", type=int, metavar="G", help="with --to-hybrid: one softmax layer closes each group of G")
-    into.add_argument("--group-norm-size", type=int, default=4, metavar="N", help="with --to-hybrid: groups of the new norms (default 4)")
-    into.add_argument("--seed", type=int, default=0, help="with --to-hybrid: of the new gates")
+    into.add_argument("--group-norm-size", type=int, metavar="N", help="with --to-hybrid: groups of the new norms (default 4)")
+    into.add_argument("--seed", type=int, help="with --to-hybrid: of the new gates (default 0)")
     out = commands.add_parser("to-hf", help="a run folder, or one of its checkpoints, into a Hugging Face folder", allow_abbrev=False)
     out.add_argument("source", metavar="CHECKPOINT")
     out.add_argument("--max-shard-size", metavar="SIZE", help="of a safetensors file (default: as it came, else 5GB)")
@@ -44,11 +37,13 @@ def main(arguments: list[str] | None = None) -> int:
 
             if args.to_hybrid != (args.layer_group_size is not None):
                 raise ValueError("--to-hybrid and --layer-group-size go together")
+            if not args.to_hybrid and not (args.group_norm_size is None and args.seed is None):
+                raise ValueError("--group-norm-size and --seed go with --to-hybrid")
             if args.to_hybrid and args.verify:
                 raise ValueError("--verify compares a model with itself: a hybrid computes other things than its base")
             if args.keep_fp8 and (args.dtype or args.to_hybrid):
                 raise ValueError("--keep-fp8 keeps the weights as they are: it goes with neither --dtype nor --to-hybrid")
-            hybrid = Hybrid(args.layer_group_size, args.group_norm_size, args.seed) if args.to_hybrid else None
+            hybrid = Hybrid(args.layer_group_size, args.group_norm_size or 4, args.seed or 0) if args.to_hybrid else None
             from_hf(source, out, dtype=args.dtype, keep_fp8=args.keep_fp8, check_finite=args.check_finite, hybrid=hybrid)
             after = f"python -m ring_jax.infer --checkpoint {out} --prompt TEXT, "
             after += f"or python -m ring_jax.train --model {out} --output {out}-trained"

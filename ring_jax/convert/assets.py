@@ -10,7 +10,7 @@ import numpy as np
 
 from ring_jax.config import ModelConfig
 from ring_jax.convert.names import Parameter
-from ring_jax.convert.shards import CODES, Tensors, plain
+from ring_jax.convert.shards import CODE_OF, Tensors, plain
 from ring_jax.tokenizer import Tokenizer
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt")
@@ -21,7 +21,10 @@ WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".index.json", ".part
 
 
 def read(tensors: Tensors, wanted: list[Parameter]) -> dict[str, Any]:
-    """Return the item "hf" of a folder: its small files, which file each tensor lies in, and dtypes unlike their parameter's."""
+    """Return the item "hf" of a folder: its small files, which file each tensor lies in, and what else its index says.
+
+    Also the dtypes of tensors that are unlike their parameter's.
+    """
     texts, binaries = {}, {}
     for file in sorted(tensors.folder.iterdir()):
         if file.is_file() and not file.name.startswith(".") and not file.name.endswith(WEIGHTS) and file.stat().st_size <= LARGEST:
@@ -34,8 +37,8 @@ def read(tensors: Tensors, wanted: list[Parameter]) -> dict[str, Any]:
     for name, entry in tensors.entries.items():
         weight_map.setdefault(entry.file.name, []).append(name)
     names = {name: dtype for p in wanted for dtype in [p.dtype(tensors)] for part in p.slices for name in part.tensors}
-    dtypes = {name: CODES[tensors.dtype(name)] for name, dtype in names.items() if tensors.dtype(name) != dtype}
-    return {"files": texts, "binaries": binaries, "weight_map": weight_map, "dtypes": dtypes}
+    dtypes = {name: CODE_OF[tensors.dtype(name)] for name, dtype in names.items() if tensors.dtype(name) != dtype}
+    return {"files": texts, "binaries": binaries, "weight_map": weight_map, "index_metadata": tensors.index_metadata, "dtypes": dtypes}
 
 
 def with_tokenizer(item: dict[str, Any], text: str) -> dict[str, Any]:

@@ -38,8 +38,8 @@ def write_random(folder: pathlib.Path, config: ModelConfig) -> None:
     """Write a random bf16 checkpoint of the config, a block at a time."""
     wanted = parameters(nnx.eval_shape(lambda: Ring(config, rngs=nnx.Rngs(0))))
     bf16 = np.dtype(ml_dtypes.bfloat16)
-    names = [(name, p.path) for p in wanted for part in p.slices for name in part.tensors]
-    dtypes = {name: np.dtype(np.float32) if path.endswith("ffn.bias") else bf16 for name, path in names}
+    names = [(name, p.is_balance) for p in wanted for part in p.slices for name in part.tensors]
+    dtypes = {name: np.dtype(np.float32) if is_balance else bf16 for name, is_balance in names}
     rng = np.random.default_rng(0)
     noise = (0.02 * rng.standard_normal(1 << 22, np.float32)).astype(bf16)
 

@@ -15,10 +15,10 @@ from ring_jax import checkpoint
 from ring_jax.config import read_hf_config
 from ring_jax.convert import assets
 from ring_jax.convert.hybrid import Widened, open_base
-from ring_jax.convert.names import Parameter, Slice, check, parameters, shown
+from ring_jax.convert.names import Parameter, Slice, check, parameters
 from ring_jax.convert.partial import finish, open_partial
 from ring_jax.convert.progress import Progress
-from ring_jax.convert.shards import SCALE, Tensors
+from ring_jax.convert.shards import SCALE, Tensors, shown
 from ring_jax.convert.store import Layout, Writer
 from ring_jax.model import Ring
 from ring_jax.numerics import DTYPES
@@ -101,16 +101,17 @@ def from_hf(
     if partly := [p.path for p in scaled if not all(tensors.is_scaled(name) for part in p.slices for name in part.tensors)]:
         raise ValueError(f"only some tensors of {shown(partly)} are FP8: they cannot be kept, convert without --keep-fp8")
     # The balancing bias is fp32 whatever the weights are.
-    asked = lambda p: np.dtype(DTYPES[dtype]) if dtype and _item(p.path) == "params" else p.dtype(tensors)
+    asked = lambda p: np.dtype(DTYPES[dtype]) if dtype and not p.is_balance else p.dtype(tensors)
     layouts = {parameter.path: layout(parameter, asked(parameter)) for parameter in wanted}
     options = {"dtype": dtype, "keep_fp8": keep_fp8, "check_finite": check_finite, "hybrid": hybrid}
     partial = open_partial(out, _identity(tensors, options))
     step = partial / checkpoint.RUN_SUBFOLDER / "0"
-    writers = {item: Writer(step / item, {p: at for p, at in layouts.items() if _item(p) == item}) for item in ("params", "balance")}
+    item = lambda p: "balance" if p.is_balance else "params"
+    writers = {name: Writer(step / name, {p.path: layouts[p.path] for p in wanted if item(p) == name}) for name in ("params", "balance")}
     problems: list[str] = []
     with Progress(sum(at.nbytes for at in layouts.values())) as progress:
         for parameter in wanted:
-            problems += _stream(parameter, layouts[parameter.path], tensors, writers[_item(parameter.path)], progress, check_finite)
+            problems += _stream(parameter, layouts[parameter.path], tensors, writers[item(parameter)], progress, check_finite)
         if problems:
             raise ValueError(f"{source} holds values that are not finite: {shown(problems)}")
     if scaled:
@@ -121,8 +122,8 @@ def from_hf(
     if fields is not None:
         hf["files"]["config.json"] = json.dumps(fields, indent=2) + "\n"
     tokenizer = hf["files"].get("tokenizer.json")
-    for item, value in {"hf": hf, "meta": meta, "tokenizer": {"json": tokenizer}}.items():
-        assets.write_json_item(step, item, value)
+    for name, value in {"hf": hf, "meta": meta, "tokenizer": {"json": tokenizer}}.items():
+        assets.write_json_item(step, name, value)
     (partial / "config.json").write_text(json.dumps({"model": meta["model"]}, indent=1), encoding="utf-8")
     if tokenizer is not None:
         (partial / "tokenizer.json").write_text(tokenizer, encoding="utf-8")
@@ -137,17 +138,13 @@ def _write_scales(scaled: list[Parameter], tensors: Tensors, folder: pathlib.Pat
     layouts = {}
     for parameter in scaled:
         part = parameter.slices[0]
-        shape, depth = of_part(part).shape, len(part.index)
-        layouts[parameter.path] = Layout((*parameter.shape[:depth], *shape), np.dtype(np.float32), (*(1,) * depth, *shape))
+        scales, depth = of_part(part), len(part.index)
+        layouts[parameter.path] = Layout((*parameter.shape[:depth], *scales.shape), scales.dtype, (*(1,) * depth, *scales.shape))
     writer = Writer(folder, layouts)
     for parameter in scaled:
         for part in parameter.slices:
-            writer.write(parameter.path, (*part.index, 0, 0), np.ascontiguousarray(of_part(part), np.float32)).result()
+            writer.write(parameter.path, (*part.index, 0, 0), np.ascontiguousarray(of_part(part), layouts[parameter.path].dtype)).result()
     return writer
-
-
-def _item(path: str) -> str:
-    return "balance" if path.endswith("ffn.bias") else "params"
 
 
 def _stream(parameter: Parameter, stored: Layout, tensors: Tensors, writer: Writer, progress: Progress, check_finite: bool) -> list[str]:

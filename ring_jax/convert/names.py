@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from ring_jax.convert.shards import Tensors
+from ring_jax.convert.shards import Tensors, shown
 from ring_jax.model import Ring
 from ring_jax.numerics import BalanceBias
 
@@ -61,9 +61,8 @@ class Slice(NamedTuple):
         """The shape of each tensor."""
         return (self.shape[1] // len(self.tensors), self.shape[0]) if self.transposed else self.shape
 
-    def read(self, tensors: Tensors, region: tuple[slice, ...] | None = None) -> np.ndarray:
-        """Return a region (of the part's axes; default: all) from the tensors of a folder, without reading the rest."""
-        region = region or (slice(None),) * len(self.shape)
+    def read(self, tensors: Tensors, region: tuple[slice, ...]) -> np.ndarray:
+        """Return a region (of the part's axes) from the tensors of a folder, without reading the rest."""
         starts, stops = zip(*(part.indices(size)[:2] for part, size in zip(region, self.shape, strict=True)), strict=True)
         if not self.transposed:
             return tensors.read(self.tensors[0], starts[0], stops[0] - starts[0])[(slice(None), *region[1:])]
@@ -86,6 +85,11 @@ class Parameter(NamedTuple):
     path: str
     shape: tuple[int, ...]
     slices: list[Slice]
+
+    @property
+    def is_balance(self) -> bool:
+        """Whether this is a balancing bias: fp32 whatever the weights are, and an item of its own in a checkpoint."""
+        return self.path.endswith("ffn.bias")
 
     def dtype(self, tensors: Tensors) -> np.dtype:
         """Return the dtype of the parameter's tensors in a folder; where they differ, the one that holds them all."""
@@ -132,15 +136,6 @@ def _places(model: Ring, path: str) -> Iterator[tuple[tuple[int, ...], int, tupl
         yield (), layer, of_layer(layer, names)
     else:
         yield (), -1, TOP[path]
-
-
-MOST_SHOWN = 20
-
-
-def shown(problems: list[str]) -> str:
-    """Return the problems in one line, the first ones if there are many."""
-    more = f"; and {len(problems) - MOST_SHOWN} more" if len(problems) > MOST_SHOWN else ""
-    return "; ".join(problems[:MOST_SHOWN]) + more
 
 
 def check(tensors: Tensors, wanted: list[Parameter], folder: pathlib.Path) -> None:

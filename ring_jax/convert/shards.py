@@ -5,18 +5,20 @@ byte range, then the bytes. The library's reader keeps what it has touched of a 
 of any size would not do with bounded memory; here a block is mapped, used and unmapped.
 """
 
+import itertools
 import json
 import math
+import os
 import pathlib
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
 
 INDEX = "model.safetensors.index.json"
-DTYPES = {
+DTYPE_OF = {
     "F64": np.dtype(np.float64),
     "F32": np.dtype(np.float32),
     "F16": np.dtype(np.float16),
@@ -30,7 +32,7 @@ SCALE = "_scale_inv"
 SCALE_BLOCK = 128
 LARGEST_HEADER = 100_000_000
 """Bytes of the longest header, as in the safetensors library."""
-CODES = {dtype: code for code, dtype in DTYPES.items()}
+CODE_OF = {dtype: code for code, dtype in DTYPE_OF.items()}
 
 
 class Entry(NamedTuple):
@@ -45,6 +47,15 @@ class Entry(NamedTuple):
     def nbytes(self) -> int:
         """Bytes of the whole tensor."""
         return math.prod(self.shape) * self.dtype.itemsize
+
+
+MOST_SHOWN = 20
+
+
+def shown(problems: list[str]) -> str:
+    """Return the problems in one line, the first ones if there are many."""
+    more = f"; and {len(problems) - MOST_SHOWN} more" if len(problems) > MOST_SHOWN else ""
+    return "; ".join(problems[:MOST_SHOWN]) + more
 
 
 def plain(name: str) -> str:
@@ -66,17 +77,21 @@ def read_header(file: pathlib.Path) -> dict[str, Entry]:
         header.pop("__metadata__", None)
         entries = {}
         for name, fields in header.items():
-            if fields["dtype"] not in DTYPES:
-                raise ValueError(f"{name} has dtype {fields['dtype']}; known: {', '.join(DTYPES)}")
+            if fields["dtype"] not in DTYPE_OF:
+                raise ValueError(f"{name} has dtype {fields['dtype']}; known: {', '.join(DTYPE_OF)}")
             start, stop = fields["data_offsets"]
             if not all(isinstance(n, int) and n >= 0 for n in (start, stop, *fields["shape"])):
                 raise ValueError(f"{name} has offsets {fields['data_offsets']} and shape {fields['shape']}")
-            entry = Entry(file, DTYPES[fields["dtype"]], tuple(fields["shape"]), 8 + length + start)
+            entry = Entry(file, DTYPE_OF[fields["dtype"]], tuple(fields["shape"]), 8 + length + start)
             if stop - start != entry.nbytes:
                 raise ValueError(f"{name} has {stop - start} bytes, its shape {list(entry.shape)} wants {entry.nbytes}")
             if 8 + length + stop > size:
                 raise ValueError(f"it is cut short: {name} ends at byte {8 + length + stop}, the file has {size}")
             entries[name] = entry
+        in_order = sorted((entry.start, entry.start + entry.nbytes, name) for name, entry in entries.items())
+        for (_, stop, one), (start, _, other) in itertools.pairwise(in_order):
+            if start < stop:
+                raise ValueError(f"{one} and {other} share bytes")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         reason = str(error) if type(error) is ValueError else f"its header is damaged ({type(error).__name__})"
         raise ValueError(f"{file} cannot be read as safetensors: {reason}") from None
@@ -92,11 +107,14 @@ class Tensors:
 
     def __init__(self, folder: pathlib.Path, keep_fp8: bool = False):
         self.folder, self._keep_fp8 = folder, keep_fp8
+        self.index_metadata: dict[str, Any] = {}
         index = folder / INDEX
         weight_map: dict[str, str] = {}
         if index.is_file():
             try:
-                weight_map = {str(name): plain(file) for name, file in json.loads(index.read_text(encoding="utf-8"))["weight_map"].items()}
+                fields = json.loads(index.read_text(encoding="utf-8"))
+                weight_map = {str(name): plain(file) for name, file in fields["weight_map"].items()}
+                self.index_metadata = dict(fields.get("metadata") or {})
                 files = sorted(set(weight_map.values()))
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise ValueError(f"{index} is not an index of tensors: {error!r}") from None
@@ -128,9 +146,9 @@ class Tensors:
             self.entries.update({tensor: entry for tensor, entry in found.items() if weight_map.get(tensor, name) == name})
         misplaced = [name for name, file in weight_map.items() if name not in self.entries and (folder / file).is_file()]
         if not problems and misplaced:
-            problems = [f"{INDEX} lists {name} in {weight_map[name]}, which lacks it" for name in misplaced[:20]]
+            problems = [f"{INDEX} lists {name} in {weight_map[name]}, which lacks it" for name in misplaced]
         for name, entry in self.entries.items():
-            if entry.dtype == DTYPES["F8_E4M3"] and entry.shape:
+            if entry.dtype == DTYPE_OF["F8_E4M3"] and entry.shape:
                 wanted = [-(-size // SCALE_BLOCK) for size in entry.shape]
                 scale = self.entries.get(name + SCALE)
                 if scale is None or list(scale.shape) != wanted:
@@ -138,7 +156,7 @@ class Tensors:
                         f"{name} is FP8: {name + SCALE} {wanted} {'is missing' if scale is None else f'is {list(scale.shape)}'}"
                     )
         if problems:
-            raise ValueError(f"{folder}: {'; '.join(problems[:20])}")
+            raise ValueError(f"{folder}: {shown(problems)}")
 
     @property
     def names(self) -> set[str]:
@@ -151,7 +169,7 @@ class Tensors:
 
     def is_scaled(self, name: str) -> bool:
         """Return whether a tensor is block-scaled FP8."""
-        return name + SCALE in self.entries and self.entries[name].dtype == DTYPES["F8_E4M3"]
+        return name + SCALE in self.entries and self.entries[name].dtype == DTYPE_OF["F8_E4M3"]
 
     def read(self, name: str, first: int = 0, count: int | None = None) -> np.ndarray:
         """Return rows first to first + count of a tensor (default: all), mapped read-only: its pages leave memory with the array."""
@@ -227,30 +245,35 @@ def write_shard(folder: pathlib.Path, shard: Shard, rows: Callable[[str], Iterat
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     at = 0
     for tensor in shard.tensors:
-        header[tensor.name] = {"dtype": CODES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [at, at + tensor.nbytes]}
+        header[tensor.name] = {"dtype": CODE_OF[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [at, at + tensor.nbytes]}
         at += tensor.nbytes
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     partial = folder / f"{shard.file}.partial"
-    with partial.open("wb") as stream:
-        stream.write(len(text).to_bytes(8, "little") + text)
-        for tensor in shard.tensors:
-            written = 0
-            for block in rows(tensor.name):
-                block = np.ascontiguousarray(block, tensor.dtype)
-                stream.write(block.reshape(-1).view(np.uint8).data)
-                written += block.nbytes
-                yield block.nbytes
-            if written != tensor.nbytes:
-                raise ValueError(f"{tensor.name}: {written} bytes instead of {tensor.nbytes}")
-    partial.rename(folder / shard.file)
+    try:
+        with partial.open("wb") as stream:
+            stream.write(len(text).to_bytes(8, "little") + text)
+            for tensor in shard.tensors:
+                written = 0
+                for block in rows(tensor.name):
+                    block = np.ascontiguousarray(block, tensor.dtype)
+                    stream.write(block.reshape(-1).view(np.uint8).data)
+                    written += block.nbytes
+                    yield block.nbytes
+                if written != tensor.nbytes:
+                    raise ValueError(f"{tensor.name}: {written} bytes instead of {tensor.nbytes}")
+            stream.flush()
+            os.fsync(stream.fileno())  # a file that has its name is whole, also after a power cut
+        partial.rename(folder / shard.file)
+    except OSError as error:
+        raise ValueError(f"{partial} could not be written ({error.strerror or error})") from error
 
 
-def index_json(shards: list[Shard]) -> str:
-    """Return the text of the index of several files."""
+def index_json(shards: list[Shard], metadata: Mapping[str, Any]) -> str:
+    """Return the text of the index of several files, with this metadata."""
     weight_map = {tensor.name: shard.file for shard in shards for tensor in shard.tensors}
     total = sum(tensor.nbytes for shard in shards for tensor in shard.tensors)
-    return json.dumps({"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}, indent=2) + "\n"
+    return json.dumps({"metadata": {**metadata, "total_size": total}, "weight_map": dict(sorted(weight_map.items()))}, indent=2) + "\n"
 
 
 def parse_size(text: str) -> int:

@@ -4,17 +4,19 @@ Orbax's own writer takes whole arrays. What it restores is simple: a zarr array 
 `_METADATA` file that lists them. Here the arrays are plain files, one an expert or a layer, so that a stopped conversion sees what it has.
 """
 
+import contextlib
 import json
 import math
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
 import tensorstore
 
-from ring_jax.convert.shards import spread_scales
+from ring_jax.convert.names import Parameter, Slice
+from ring_jax.convert.shards import shown, spread_scales
 
 CACHE_BYTES = 256 * 2**20
 """Bytes of decoded chunks that a reader keeps."""
@@ -130,13 +132,35 @@ class Reader:
 
 
 class Checkpoint:
-    """The parameters of one of our checkpoints (the folder of a step), by path; what is kept in FP8 is read as bf16."""
+    """The parameters of one of our checkpoints (the folder of a step); what is kept in FP8 is read as bf16.
 
-    def __init__(self, step: pathlib.Path, joined: Mapping[str, int]):
-        self._joined = joined  # how many tensors stand side by side in a parameter
-        self.arrays = {path: reader for item in ("params", "balance") for reader in [Reader(step / item)] for path in reader.paths}
-        scales = Reader(step / "scales") if (step / "scales").is_dir() else None
-        self.scales = {path: scales for path in scales.paths} if scales else {}
+    wanted: the parameters of its model. Raises ValueError that lists those that are missing or misshapen.
+    """
+
+    def __init__(self, step: pathlib.Path, wanted: list[Parameter]):
+        self._step = step
+        self._joined = {p.path: len(p.slices[0].tensors) for p in wanted}  # how many tensors stand side by side in a parameter
+        self._places = {part.tensors: (p.path, part.index) for p in wanted for part in p.slices}
+        with self._told():
+            self.arrays = {path: reader for item in ("params", "balance") for reader in [Reader(step / item)] for path in reader.paths}
+            scales = Reader(step / "scales") if (step / "scales").is_dir() else None
+            self.scales = {path: scales for path in scales.paths} if scales else {}
+            problems = [f"missing {p.path}" for p in wanted if p.path not in self.arrays]
+            problems += [
+                f"{p.path} is {list(self.shape(p.path))}, not {list(p.shape)}"
+                for p in wanted
+                if p.path in self.arrays and self.shape(p.path) != p.shape
+            ]
+            if problems:
+                raise ValueError(shown(problems))
+
+    @contextlib.contextmanager
+    def _told(self) -> Iterator[None]:
+        """Errors name the checkpoint."""
+        try:
+            yield
+        except ValueError as error:
+            raise ValueError(f"checkpoint {self._step} is damaged or not of this model: {error}") from None
 
     def shape(self, path: str) -> tuple[int, ...]:
         """Return a parameter's shape."""
@@ -148,9 +172,19 @@ class Checkpoint:
 
     def read(self, path: str, where: tuple[int | slice, ...] = ()) -> np.ndarray:
         """Return a part of a parameter: leading indices, then slices."""
-        value = self.arrays[path].read(path, where)
-        if path not in self.scales:
-            return value
-        index = tuple(part for part in where if not isinstance(part, slice))
-        scales = spread_scales(self.scales[path].read(path, index), self.shape(path), self._joined[path])
-        return (value.astype(np.float32) * scales[where[len(index) :]]).astype(ml_dtypes.bfloat16)
+        with self._told():
+            value = self.arrays[path].read(path, where)
+            if path not in self.scales:
+                return value
+            index = tuple(part for part in where if not isinstance(part, slice))
+            scales = spread_scales(self.scales[path].read(path, index).astype(np.float32), self.shape(path), self._joined[path])
+            return (value.astype(np.float32) * scales[where[len(index) :]]).astype(ml_dtypes.bfloat16)
+
+    def read_part(self, part: Slice, region: tuple[slice, ...]) -> np.ndarray:
+        """Return a region of a slice of any layout of the same model: the tensors that make it say where it is stored."""
+        path, index = self._places[part.tensors]
+        return self.read(path, (*index, *region))
+
+    def part_dtype(self, parameter: Parameter) -> np.dtype:
+        """Return the dtype in which `read_part` returns the slices of a parameter, of any layout."""
+        return self.dtype(self._places[parameter.slices[0].tensors][0])

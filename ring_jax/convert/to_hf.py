@@ -14,18 +14,16 @@ from ring_jax.config import ModelConfig
 from ring_jax.config import from_hf as config_from_hf
 from ring_jax.config import to_hf as config_to_hf
 from ring_jax.convert import assets
+from ring_jax.convert.from_hf import BLOCK
 from ring_jax.convert.names import Parameter, Slice, parameters, variables
 from ring_jax.convert.partial import finish, open_partial
 from ring_jax.convert.progress import Progress
-from ring_jax.convert.shards import DTYPES as CODES
-from ring_jax.convert.shards import INDEX, SCALE, SCALE_BLOCK, Planned, Shard, index_json, plain, plan_shards, write_shard
+from ring_jax.convert.shards import DTYPE_OF, INDEX, SCALE, SCALE_BLOCK, Planned, Shard, index_json, plain, plan_shards, write_shard
 from ring_jax.convert.store import Checkpoint
 from ring_jax.model import Ring
 from ring_jax.numerics import DTYPES
 
 MAX_SHARD_SIZE = 5 * 10**9
-BLOCK = 128 * 2**20
-"""Most bytes of a parameter that are read at a time."""
 
 
 def _blocks(part: Slice, which: int, itemsize: int, read: Callable[[tuple[slice, ...]], np.ndarray]) -> Iterator[np.ndarray]:
@@ -42,13 +40,13 @@ def _blocks(part: Slice, which: int, itemsize: int, read: Callable[[tuple[slice,
         yield read((slice(0, shape[1]), columns)).T
 
 
-def tensor_dtype(path: str, stored: np.dtype, precision: str | None, dtype: str | None, keep_fp32: bool) -> np.dtype:
+def tensor_dtype(parameter: Parameter, stored: np.dtype, precision: str | None, dtype: str | None, keep_fp32: bool) -> np.dtype:
     """Return the dtype of a parameter's tensors: what was asked for, else as stored; the master weights of a bf16 run are rounded.
 
     precision: of the run that the weights were trained in, None if in none. The balancing bias stays as it is. Parameters that the model
     reads in fp32 (routers) are not rounded unasked.
     """
-    if path.endswith("ffn.bias"):
+    if parameter.is_balance:
         return stored
     if dtype is not None:
         return np.dtype(DTYPES[dtype])
@@ -87,6 +85,7 @@ def write_folder(
     *,
     continued: bool = False,
     weight_map: dict[str, list[str]] | None = None,
+    index_metadata: dict[str, Any] | None = None,
     max_shard_size: int = MAX_SHARD_SIZE,
 ) -> None:
     """Write the tensors of these parameters as safetensors files, with an index if there are several.
@@ -94,14 +93,14 @@ def write_folder(
     If `continued`, files that are there are kept.
 
     dtypes: of each tensor. read(path, where): a part of a parameter. kept: where FP8 values and scales come from as they are.
-    weight_map: the tensors of each file, as they came, if they did.
+    weight_map: the tensors of each file, as they came, if they did. index_metadata: what the index says besides.
     """
     found = {name: (parameter, part, i) for parameter in wanted for part in parameter.slices for i, name in enumerate(part.tensors)}
     planned = {name: Planned(name, dtypes[name], part.stored_shape) for name, (_, part, _) in found.items()}
     for name, (parameter, part, _) in list(found.items()):
         if kept is not None and parameter.path in kept.scales:
             shape = tuple(-(-size // SCALE_BLOCK) for size in part.stored_shape)
-            planned[name + SCALE] = Planned(name + SCALE, np.dtype(np.float32), shape)
+            planned[name + SCALE] = Planned(name + SCALE, kept.scales[parameter.path].dtype(parameter.path), shape)
             found[name + SCALE] = found[name]
     if weight_map is not None and sorted(name for names in weight_map.values() for name in names) == sorted(planned):
         shards = [Shard(plain(file), [planned[name] for name in names]) for file, names in weight_map.items()]
@@ -125,7 +124,7 @@ def write_folder(
         for nbytes in write_shard(partial, shard, rows):
             progress.add(nbytes)
     if len(shards) > 1 or shards[0].file != "model.safetensors":
-        (partial / INDEX).write_text(index_json(shards), encoding="utf-8")
+        (partial / INDEX).write_text(index_json(shards, index_metadata or {}), encoding="utf-8")
 
 
 def _nbytes(wanted: list[Parameter], dtypes: dict[str, np.dtype]) -> int:
@@ -160,24 +159,16 @@ def to_hf(path: str | pathlib.Path, out: pathlib.Path, *, dtype: str | None = No
     abstract = nnx.eval_shape(lambda: Ring(config, rngs=nnx.Rngs(0)))
     wanted, ours = parameters(abstract), variables(abstract)
     step = found.folder / checkpoint.RUN_SUBFOLDER / str(found.step)
-    held = Checkpoint(step, {p.path: len(p.slices[0].tensors) for p in wanted})
-    problems = [f"missing {p.path}" for p in wanted if p.path not in held.arrays]
-    problems += [
-        f"{p.path} is {list(held.shape(p.path))}, not {list(p.shape)}"
-        for p in wanted
-        if p.path in held.arrays and held.shape(p.path) != p.shape
-    ]
-    if problems:
-        raise ValueError(f"{step} does not fit its config: {'; '.join(problems)}")
+    held = Checkpoint(step, wanted)
     dtypes: dict[str, np.dtype] = {}
     precision = meta["precision"] if "train" in meta else None
     for p in wanted:
         keep = bool(ours[p.path].get_metadata("keep_fp32", False))
         stored = held.arrays[p.path].dtype(p.path) if dtype is None else held.dtype(p.path)
-        ours_dtype = tensor_dtype(p.path, stored, precision, dtype, keep)
+        ours_dtype = tensor_dtype(p, stored, precision, dtype, keep)
         dtypes |= {name: ours_dtype for part in p.slices for name in part.tensors}
     if hf and dtype is None:
-        dtypes |= {name: CODES[code] for name, code in hf["dtypes"].items() if name in dtypes}
+        dtypes |= {name: DTYPE_OF[code] for name, code in hf["dtypes"].items() if name in dtypes and code in DTYPE_OF}
     identity = json.dumps([str(step.resolve()), (step / "meta" / "metadata").stat().st_mtime_ns, dtype, max_shard_size])
     partial = open_partial(out, identity)
     keep_files = hf["weight_map"] if hf and max_shard_size is None and dtype is None else None
@@ -192,6 +183,7 @@ def to_hf(path: str | pathlib.Path, out: pathlib.Path, *, dtype: str | None = No
             kept,
             continued=True,
             weight_map=keep_files,
+            index_metadata=hf.get("index_metadata") if hf else None,
             max_shard_size=max_shard_size or MAX_SHARD_SIZE,
         )
     if hf:
@@ -209,9 +201,7 @@ def to_hf(path: str | pathlib.Path, out: pathlib.Path, *, dtype: str | None = No
 def write_hf(model: Ring, folder: pathlib.Path, dtype: str = "float32") -> None:
     """Write a model that fits in memory as a Hugging Face folder: config.json and safetensors files."""
     held, wanted = variables(model), parameters(model)
-    dtypes = {
-        name: np.dtype(np.float32 if p.path.endswith("ffn.bias") else dtype) for p in wanted for part in p.slices for name in part.tensors
-    }
+    dtypes = {name: np.dtype(np.float32 if p.is_balance else dtype) for p in wanted for part in p.slices for name in part.tensors}
     folder.mkdir(parents=True, exist_ok=True)
     arrays = {path: np.asarray(variable.get_value()) for path, variable in held.items()}
     write_folder(folder, wanted, dtypes, lambda path, where: arrays[path][where], Progress(0, quiet=True))

@@ -67,8 +67,8 @@ def verify(folder: pathlib.Path, path: pathlib.Path, say: Callable[[str], None])
     abstract = nnx.eval_shape(lambda: Ring(config, rngs=nnx.Rngs(0)))
     wanted = parameters(abstract)
     step = found.folder / checkpoint.RUN_SUBFOLDER / str(found.step)
-    ours = Checkpoint(step, {p.path: len(p.slices[0].tensors) for p in wanted})
-    differing = [problem for problem in _differing_tensors(wanted, tensors, ours)]
+    ours = Checkpoint(step, wanted)
+    differing = dict.fromkeys(_differing_tensors(wanted, tensors, ours))  # a tensor may span several chunks
     for problem in differing:
         say(problem)
     layers = list(_layer_differences(config, abstract, wanted, tensors, ours))

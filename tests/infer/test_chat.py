@@ -5,9 +5,11 @@ import json
 import shutil
 
 import pytest
+import tokenizers
 
 from ring_jax.infer.__main__ import main
 from ring_jax.infer.chat import DIM, PLAIN, ChatTemplate, Thinking, chat
+from ring_jax.infer.generate import _Reply
 from ring_jax.tokenizer import Tokenizer
 
 TEMPLATE = """{% for message in messages %}
@@ -86,6 +88,24 @@ def test_a_template_that_opens_the_thinking():
     shown = []
     chat(template(), Tokenizer.bytes(), lambda tokens: iter(["hm</think>yes"]), ["?"], enable_thinking=True, write=shown.append, dim=True)
     assert "".join(shown) == f"{DIM}hm{PLAIN}yes\n"
+
+
+def test_what_templates_of_others_use():
+    source = (
+        "{% for m in messages %}{% generation %}{{ m.content | tojson(ensure_ascii=True, sort_keys=True) }}{% endgeneration %}{% endfor %}"
+    )
+    assert ChatTemplate(source, {}).render([{"role": "user", "content": "\u00e9"}], None) == '"\\u00e9"'
+
+
+def test_tags_that_are_special_tokens():
+    """Some tokenizers hold the tags as special tokens: the text of a conversation keeps them."""
+    library = tokenizers.Tokenizer.from_str(Tokenizer.bytes().to_json())
+    library.add_special_tokens(["<think>", "</think>"])
+    tokenizer = Tokenizer(library)
+    reply, tokens = _Reply(tokenizer, [], skip_special=False), tokenizer.encode("<think>hm</think>yes")
+    assert len(tokens) == 7
+    text = "".join(reply.add(token, False)[0] for token in tokens) + reply.end()
+    assert list(Thinking(False).push(text, last=True)) == [(True, "hm"), (False, "yes")]
 
 
 def test_command(model, capsys, monkeypatch, tmp_path):

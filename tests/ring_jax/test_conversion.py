@@ -70,7 +70,7 @@ def released(tmp_path_factory, tensors):
     for file in sorted(set(where.values())):
         own = {name: np.ascontiguousarray(tensors[name]) for name in names if where[name] == file}
         save_file(own, folder / file, metadata={"format": "pt"})
-    index = {"metadata": {"total_size": sum(t.nbytes for t in tensors.values())}, "weight_map": where}
+    index = {"metadata": {"total_parameters": 7, "total_size": sum(t.nbytes for t in tensors.values())}, "weight_map": where}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
     (folder / "tokenizer.json").write_text(Tokenizer.bytes().to_json())
     (folder / "tokenizer_config.json").write_text('{"chat_template": "{{ messages }}",\r\n "eos_token": "<|endoftext|>"}')
@@ -305,6 +305,16 @@ def test_mistakes_change_nothing(tmp_path, released, capsys):
             )
         return folder
 
+    def share(file):
+        data = file.read_bytes()
+        length = int.from_bytes(data[:8], "little")
+        header = json.loads(data[8 : 8 + length])
+        first, second = [fields for name, fields in header.items() if fields.get("shape") == [CONFIG.hidden_size]][:2]
+        second["data_offsets"] = first["data_offsets"]
+        text = json.dumps(header, separators=(",", ":")).encode().ljust(length)
+        assert len(text) == length
+        file.write_bytes(data[:8] + text + data[8 + length :])
+
     cut = changed("cut", shard2=lambda file: file.write_bytes(file.read_bytes()[:-100]))
     missing = changed("missing", shard2=lambda file: file.unlink())
     renamed = lambda file: file.write_text(file.read_text().replace("00003-of", "00004-of"))
@@ -316,6 +326,7 @@ def test_mistakes_change_nothing(tmp_path, released, capsys):
     out = tmp_path / "out"
     for source, message in {
         cut: "model-00002-of-00003.safetensors cannot be read as safetensors: it is cut short: model.",
+        changed("shared", shard2=share): "share bytes",
         missing: "names model-00002-of-00003.safetensors, which is not there",
         changed("renamed", index=renamed): "names model-00004-of-00003.safetensors, which is not there",
         changed("family", config=other): "model_type 'llama' (LlamaForCausalLM) is not 'bailing_moe_linear'",
@@ -365,7 +376,7 @@ def test_a_missing_chunk_is_an_error(tmp_path, released, capsys):
     convert("from-hf", released, tmp_path / "ours")
     next((tmp_path / "ours/checkpoints/0/params/segments.0.1.ffn.down").glob("0.0.3.*")).unlink()
     assert "segments.0.1.ffn.down cannot be read" in mistake(capsys, "to-hf", tmp_path / "ours", tmp_path / "out")
-    with pytest.raises(ValueError, match=r"is damaged or not of this model: params segments\.0\.1\.ffn\.down cannot be read whole"):
+    with pytest.raises(ValueError, match=r"is damaged or not of this model: segments\.0\.1\.ffn\.down cannot be read"):
         checkpoint.load(tmp_path / "ours")
 
 

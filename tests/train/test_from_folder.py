@@ -57,6 +57,10 @@ def test_a_run_continues_another(released, data, tmp_path):
     succeed("--model", first / "checkpoints" / "3", *common, "--steps", 5, "--output", second, *STILL, "--resume")
     assert losses(second)[:3] == losses(first)
     assert len(losses(second)) == 5
+    succeed("--model", tmp_path / "gone", *common, "--steps", 6, "--output", second, *STILL, "--resume")
+    assert len(losses(second)) == 6
+    done = train("--model", tmp_path / "gone", *common, "--output", tmp_path / "third", "--resume")
+    assert "unknown model" in one_line(done.returncode, done.err)
 
 
 def test_what_was_trained_computes_the_same_elsewhere(data, tmp_path, capsys):
