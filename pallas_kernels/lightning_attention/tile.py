@@ -1,18 +1,38 @@
-"""Lightning attention on one chunk of C positions, for any number of (batch, head) pairs in front.
+"""Lightning attention on one chunk of C positions.
 
 With i, j counted inside the chunk, g = log_decay and S the state that enters the chunk:
 
     O      = K**-0.5 [ (Q K^T * M) V + diag(a_q) Q S ]      M_ij = exp(g (i - j)) for i >= j, else 0;  a_q(i) = exp(g (i + 1))
     S_next = exp(g C) S + (diag(a_k) K)^T V                 a_k(j) = exp(g (C - 1 - j))
 
+and with dO, and dS the gradient of S_next (P = K**-0.5 Q K^T * M, dP = K**-0.5 dO V^T * M):
+
+    dQ = dP K + K**-0.5 diag(a_q) dO S^T        dV = P^T dO + diag(a_k) K dS
+    dK = dP^T Q + diag(a_k) V dS^T              dS_prev = exp(g C) dS + K**-0.5 (diag(a_q) Q)^T dO
+
 The exponent is masked and never split, so a strong decay cannot overflow. `chunk_kv` is parallel over chunks, `fold` is the only
-sequential part, and `rows` gives the output of any rows of the chunk: training, prefill and decode call the same three.
+sequential part, and `rows` gives the output of any rows of the chunk: training, prefill and decode call the same three, in plain JAX and in
+the kernels. Arrays may have any equal axes in front ([..., C, K]); each statement does all of them before the next one, which is the order
+that keeps a TPU's matrix units busy over several heads.
 """
+
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from pallas_kernels.compat import dot_cast, dot_operand
+
+
+class Weights(NamedTuple):
+    """What multiplies in a chunk, fp32: M [H, C, C], a_q and a_k [H, C, 1], exp(g C) [H, 1, 1]."""
+
+    mask: jax.Array
+    query: jax.Array
+    key: jax.Array
+    whole: jax.Array
 
 
 def decay_powers(log_decay: jax.Array, chunk_size: int) -> jax.Array:
@@ -20,32 +40,85 @@ def decay_powers(log_decay: jax.Array, chunk_size: int) -> jax.Array:
     return jnp.exp(log_decay.astype(jnp.float32)[:, None] * jnp.arange(chunk_size + 1, dtype=jnp.float32))
 
 
-def product(equation: str, a: jax.Array, b: jax.Array) -> jax.Array:
-    """Return the einsum of two operands (see `compat.dot_operand`, `compat.dot_cast`), accumulated and returned in fp32."""
-    return jnp.einsum(equation, dot_operand(a), dot_operand(b), preferred_element_type=jnp.float32)
+def weights(powers: jax.Array) -> Weights:
+    """Return the weights of a whole chunk from the powers of the decay [H, C + 1]."""
+    index = jnp.arange(powers.shape[1] - 1)
+    distance = index[:, None] - index
+    mask = jnp.where(distance >= 0, powers[:, jnp.clip(distance, 0)], 0.0)
+    return Weights(mask, powers[:, 1:, None], powers[:, -2::-1, None], powers[:, -1, None, None])
 
 
-def chunk_kv(k: jax.Array, v: jax.Array, powers: jax.Array) -> jax.Array:
-    """Return what the chunk adds to the state, [B, H, K, V] fp32, from k [B, H, C, K] and v [B, H, C, V]."""
-    weights = powers[:, -2::-1, None]  # exp(g (C - 1 - j))
-    k = dot_cast(k.astype(jnp.float32) * weights, k.dtype)
-    return product("bhck,bhcv->bhkv", k, v)
-
-
-def fold(state: jax.Array, kv: jax.Array, powers: jax.Array) -> jax.Array:
-    """Return the state one chunk later, [B, H, K, V] fp32."""
-    return powers[:, -1, None, None] * state + kv
-
-
-def rows(q: jax.Array, k: jax.Array, v: jax.Array, state: jax.Array, powers: jax.Array, first: jax.Array) -> jax.Array:
-    """Return the output rows [B, H, R, V] fp32 of q [B, H, R, K], which are rows `first` ([B] or [1]) and on of the chunk."""
-    chunk_size, size = k.shape[2], q.shape[-1]
-    row = first[:, None] + jnp.arange(q.shape[2])  # [B, R]
+def row_weights(powers: jax.Array, first: jax.Array, num_rows: int) -> tuple[jax.Array, jax.Array]:
+    """Return M [B, H, R, C] and a_q [B, H, R, 1] of rows `first` [B] and on; those past the chunk's end are padding of the caller's."""
+    chunk_size = powers.shape[1] - 1
+    row = first[:, None] + jnp.arange(num_rows)  # [B, R]
     distance = row[:, :, None] - jnp.arange(chunk_size)  # [B, R, C]
-    # Weights by selection from the same fp32 table, [B, H, R, C]; rows past the chunk's end are padding of the caller's.
     mask = jnp.where((distance >= 0)[:, None], jnp.moveaxis(powers[:, jnp.clip(distance, 0, chunk_size)], 0, 1), 0.0)
-    query_weights = jnp.moveaxis(powers[:, jnp.minimum(row + 1, chunk_size)], 0, 1)[..., None]  # [B, H, R, 1]
-    scores = dot_cast(product("bhrk,bhck->bhrc", q, k) * mask, q.dtype)
-    inside = product("bhrc,bhcv->bhrv", scores, v)
-    before = product("bhrk,bhkv->bhrv", q, dot_cast(state, q.dtype))
-    return size**-0.5 * (inside + query_weights * before)
+    return mask, jnp.moveaxis(powers[:, jnp.minimum(row + 1, chunk_size)], 0, 1)[..., None]
+
+
+def product(a: jax.Array, b: jax.Array, axes: tuple[int, int] = (1, 0), acc: jax.Array | None = None) -> jax.Array:
+    """Return the product of matrices [..., M, N] over axis axes[0] of a and axes[1] of b, added to `acc`, in fp32."""
+    lead = a.ndim - 2
+    batch = tuple(range(lead))
+    contract = ((lead + axes[0],), (lead + axes[1],))
+    # fp32 operands are not rounded on the way: the matrix units' own type is bf16.
+    exact = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
+    y = lax.dot_general(dot_operand(a), dot_operand(b), (contract, (batch, batch)), precision=exact, preferred_element_type=jnp.float32)
+    return y if acc is None else acc + y
+
+
+def chunk_kv(k: jax.Array, v: jax.Array, key_weights: jax.Array, dot: Callable = product) -> jax.Array:
+    """Return what the chunk adds to the state, [..., K, V] fp32, from k [..., C, K] and v [..., C, V]."""
+    return dot(dot_cast(k.astype(jnp.float32) * key_weights, k.dtype), v, (0, 0))
+
+
+def fold(state: jax.Array, kv: jax.Array, whole: jax.Array) -> jax.Array:
+    """Return the state one chunk later, [..., K, V] fp32."""
+    return whole * state + kv
+
+
+def rows(
+    q: jax.Array, k: jax.Array, v: jax.Array, state: jax.Array, mask: jax.Array, query_weights: jax.Array, dot: Callable = product
+) -> jax.Array:
+    """Return the output rows [..., R, V] fp32 of q [..., R, K], whose rows of M and a_q are given.
+
+    `state` may be in the products' dtype already: it is rounded to it here.
+    """
+    scores = dot(q, k, (1, 1))
+    before = query_weights * dot(q, dot_cast(state, q.dtype), (1, 0))
+    scores = dot_cast(scores * mask, q.dtype)
+    return q.shape[-1] ** -0.5 * dot(scores, v, (1, 0), before)
+
+
+def query_gradient(
+    k: jax.Array, v: jax.Array, d_out: jax.Array, state: jax.Array, mask: jax.Array, query_weights: jax.Array, dot: Callable = product
+) -> jax.Array:
+    """Return dQ [..., C, K] fp32."""
+    d_scores = dot(d_out, v, (1, 1))
+    before = query_weights * dot(d_out, dot_cast(state, k.dtype), (1, 1))
+    d_scores = dot_cast(d_scores * mask, k.dtype)
+    return k.shape[-1] ** -0.5 * dot(d_scores, k, (1, 0), before)
+
+
+def value_gradient(
+    q: jax.Array, k: jax.Array, d_out: jax.Array, d_state: jax.Array, mask: jax.Array, key_weights: jax.Array, dot: Callable = product
+) -> jax.Array:
+    """Return dV [..., C, V] fp32; `mask` is M^T: P^T is computed as such, since transposing a product's operand costs more."""
+    scores = q.shape[-1] ** -0.5 * dot(k, q, (1, 1))
+    after = key_weights * dot(k, dot_cast(d_state, k.dtype), (1, 0))
+    return dot(dot_cast(scores * mask, k.dtype), d_out, (1, 0), after)
+
+
+def key_gradient(
+    q: jax.Array, v: jax.Array, d_out: jax.Array, d_state: jax.Array, mask: jax.Array, key_weights: jax.Array, dot: Callable = product
+) -> jax.Array:
+    """Return dK [..., C, K] fp32; `mask` is M^T, as in `value_gradient`."""
+    d_scores = q.shape[-1] ** -0.5 * dot(v, d_out, (1, 1))
+    after = key_weights * dot(v, dot_cast(d_state, v.dtype), (1, 1))
+    return dot(dot_cast(d_scores * mask, v.dtype), q, (1, 0), after)
+
+
+def state_gradient(q: jax.Array, d_out: jax.Array, query_weights: jax.Array, dot: Callable = product) -> jax.Array:
+    """Return what the chunk adds to the gradient of the state, [..., K, V] fp32; `fold` joins it to that of the next chunk."""
+    return q.shape[-1] ** -0.5 * chunk_kv(q, d_out, query_weights, dot)

@@ -1,11 +1,7 @@
-"""Lightning attention in plain JAX: a scan over chunks with the tile functions, and its hand-written gradient.
+"""Lightning attention in plain JAX: a scan over chunks with the tile functions, forward and backward.
 
-Gradient of one chunk (P = K**-0.5 Q K^T * M, dP = K**-0.5 dO V^T * M, dS the gradient of the state that leaves the chunk):
-
-    dQ = dP K + K**-0.5 diag(a_q) dO S^T        dV = P^T dO + diag(a_k) K dS
-    dK = dP^T Q + diag(a_k) V dS^T              dS_prev = exp(g C) dS + K**-0.5 (diag(a_q) Q)^T dO
-
-One pass forward in time for S (dQ), one backward for dS (dK, dV); only the inputs are stored. The decay is constant: no gradient.
+The gradient is one pass forward in time for S (dQ) and one backward for dS (dK, dV); only the inputs are stored. The decay is constant: no
+gradient.
 """
 
 import functools
@@ -15,9 +11,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.compat import dot_cast, pin
+from pallas_kernels.compat import pin
 from pallas_kernels.lightning_attention import tile
-from pallas_kernels.lightning_attention.tile import product
 
 QUERY_TILE = 8
 """Rows of q a tile computes in aligned numerics: a decode step pays for this many rows, so it is smaller than a chunk."""
@@ -39,14 +34,14 @@ def _chunk_rows(q, k, v, state, powers, aligned):
     """All C rows of a chunk: at once, or in aligned numerics as a loop over the tiles that decode uses."""
     batch, heads, chunk_size, size = q.shape
     if not aligned:
-        return tile.rows(q, k, v, state, powers, jnp.zeros(1, jnp.int32))
+        return tile.rows(q, k, v, state, *tile.weights(powers)[:2])
     num_tiles = chunk_size // QUERY_TILE
     tiles = jnp.moveaxis(q.reshape(batch, heads, num_tiles, QUERY_TILE, size), 2, 0)
     starts = QUERY_TILE * jnp.arange(num_tiles, dtype=jnp.int32)[:, None]
 
     def rows(inputs):
         q, keys, values, entering, weights = pin((inputs[0], k, v, state, powers))
-        return pin(tile.rows(q, keys, values, entering, weights, inputs[1]))
+        return pin(tile.rows(q, keys, values, entering, *tile.row_weights(weights, inputs[1], QUERY_TILE)))
 
     out = lax.map(rows, (tiles, starts))
     return jnp.moveaxis(out, 0, 2).reshape(batch, heads, chunk_size, -1)
@@ -60,13 +55,18 @@ def _scan_forward(q, k, v, powers, state, reset, last, chunk_size, aligned):
         q, k, v, reset = chunk
         state = jnp.where(reset[:, None, None, None], 0.0, state)
         out = _chunk_rows(q, k, v, state, powers, aligned).astype(q.dtype)
-        after = pin(tile.fold(*pin((state, tile.chunk_kv(k, v, powers), powers), aligned)), aligned)
-        state = jnp.where((index < last)[:, None, None, None], after, state)
+        state = jnp.where((index < last)[:, None, None, None], _after(state, k, v, powers, aligned), state)
         return (state, index + 1), out
 
     chunks = tuple(_chunks(x, chunk_size) for x in (q, k, v))
     (state, _), out = lax.scan(step, (state, jnp.int32(0)), (*chunks, reset.T))
     return _unchunk(out), state
+
+
+def _after(state, k, v, powers, aligned=True):
+    """The state one chunk later."""
+    weights = tile.weights(powers)
+    return pin(tile.fold(*pin((state, tile.chunk_kv(k, v, weights.key), weights.whole), aligned)), aligned)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(7, 8))
@@ -80,15 +80,12 @@ def _forward(q, k, v, log_decay, state, reset, last, chunk_size, aligned):
 
 
 def _backward(chunk_size, aligned, residuals, gradients):
+    del aligned  # gradients promise no bits across layouts
     q, k, v, log_decay, state, reset, last = residuals
     d_out, d_state = gradients
-    powers = tile.decay_powers(log_decay, chunk_size)
-    scale = q.shape[-1] ** -0.5
-    distance = jnp.arange(chunk_size)[:, None] - jnp.arange(chunk_size)
-    mask = jnp.where(distance >= 0, powers[:, jnp.clip(distance, 0)], 0.0)  # [H, C, C]
-    query_weights, key_weights = powers[:, 1:, None], powers[:, -2::-1, None]  # a_q, a_k: [H, C, 1]
-    dtype = q.dtype
-    index = jnp.arange(reset.shape[1])
+    weights = tile.weights(tile.decay_powers(log_decay, chunk_size))
+    transposed = jnp.swapaxes(weights.mask, 1, 2)
+    dtype, index = q.dtype, jnp.arange(reset.shape[1])
     keep = jnp.where(reset, 0.0, 1.0).T[:, :, None, None, None]  # [n, B, 1, 1, 1]
     live = (index[:, None] < last)[:, :, None, None, None]
     qs, ks, vs, dos = (_chunks(x, chunk_size) for x in (q, k, v, d_out.astype(dtype)))
@@ -97,26 +94,20 @@ def _backward(chunk_size, aligned, residuals, gradients):
         """d_state: gradient of the state that leaves the chunk."""
         q, k, v, d_out, keep, live = chunk
         d_after = jnp.where(live, d_state, 0.0)
-        d_after_in = dot_cast(d_after, dtype)
-        scores = dot_cast(scale * product("bhrk,bhck->bhrc", q, k) * mask, dtype)
-        d_scores = dot_cast(scale * product("bhrv,bhcv->bhrc", d_out, v) * mask, dtype)
-        dv = product("bhrc,bhrv->bhcv", scores, d_out) + key_weights * product("bhck,bhkv->bhcv", k, d_after_in)
-        dk = product("bhrc,bhrk->bhck", d_scores, q) + key_weights * product("bhcv,bhkv->bhck", v, d_after_in)
-        dq = product("bhrc,bhck->bhrk", d_scores, k)
-        d_query = dot_cast(query_weights * q.astype(jnp.float32), dtype)
-        d_before = jnp.where(live, powers[:, -1, None, None] * d_state, d_state) + scale * product("bhrk,bhrv->bhkv", d_query, d_out)
-        return keep * d_before, (dq, dk.astype(dtype), dv.astype(dtype))
+        dv = tile.value_gradient(q, k, d_out, d_after, transposed, weights.key)
+        dk = tile.key_gradient(q, v, d_out, d_after, transposed, weights.key)
+        d_before = tile.fold(d_state, tile.state_gradient(q, d_out, weights.query), jnp.where(live, weights.whole, 1.0))
+        return keep * d_before, (dk.astype(dtype), dv.astype(dtype))
 
-    d_state, (dq, dk, dv) = lax.scan(backward_in_time, d_state, (qs, ks, vs, dos, keep, live), reverse=True)
+    d_state, (dk, dv) = lax.scan(backward_in_time, d_state, (qs, ks, vs, dos, keep, live), reverse=True)
 
     def forward_in_time(state, chunk):
-        """The part of dQ that needs S, the state that enters the chunk."""
-        k, v, d_out, dq, keep = chunk
+        k, v, d_out, keep = chunk
         state = keep * state
-        dq = dq + scale * query_weights * product("bhrv,bhkv->bhrk", d_out, dot_cast(state, dtype))
-        return tile.fold(state, tile.chunk_kv(k, v, powers), powers), dq.astype(dtype)
+        dq = tile.query_gradient(k, v, d_out, state, weights.mask, weights.query)
+        return tile.fold(state, tile.chunk_kv(k, v, weights.key), weights.whole), dq.astype(dtype)
 
-    _, dq = lax.scan(forward_in_time, state, (ks, vs, dos, dq, keep))
+    _, dq = lax.scan(forward_in_time, state, (ks, vs, dos, keep))
     return _unchunk(dq), _unchunk(dk), _unchunk(dv), jnp.zeros_like(log_decay), d_state, None, None
 
 
@@ -142,7 +133,8 @@ def lightning_attention_step(q, state, key_buffer, value_buffer, log_decay, inde
     padding = QUERY_TILE - 1 if aligned else 0
     tile_q = jnp.pad(q[:, :, None], ((0, 0), (0, 0), (0, padding), (0, 0)))
     tile_q, key_buffer, value_buffer, state, powers = pin((tile_q, key_buffer, value_buffer, state, powers), aligned)
-    return pin(tile.rows(tile_q, key_buffer, value_buffer, state, powers, index), aligned)[:, :, 0].astype(q.dtype)
+    weights = tile.row_weights(powers, index, tile_q.shape[2])
+    return pin(tile.rows(tile_q, key_buffer, value_buffer, state, *weights), aligned)[:, :, 0].astype(q.dtype)
 
 
 def fold_full_chunks(state, key_buffer, value_buffer, log_decay, index):
@@ -154,7 +146,7 @@ def fold_full_chunks(state, key_buffer, value_buffer, log_decay, index):
 
     def fold_slot(i, state):
         one = lambda x: lax.dynamic_slice_in_dim(x, slots[i], 1)
-        after = tile.fold(*pin((one(state), tile.chunk_kv(one(key_buffer), one(value_buffer), powers), powers)))
-        return lax.dynamic_update_slice_in_dim(state, pin(after), slots[i], 0)
+        after = _after(one(state), one(key_buffer), one(value_buffer), powers)
+        return lax.dynamic_update_slice_in_dim(state, after, slots[i], 0)
 
     return lax.fori_loop(0, full.sum(), fold_slot, state)
