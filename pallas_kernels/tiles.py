@@ -54,3 +54,22 @@ MATMUL_GPU = MappingProxyType({"h200": MatmulGpu(128, 256, 64, 8, 3), "cpu": Mat
 MATMUL_GPU_NARROW = MappingProxyType({"h200": MatmulGpu(128, 128, 64, 8, 3), "cpu": MatmulGpu(16, 16, 16, 4, 1)})
 """For few columns, of which wide tiles would leave most of the chip idle."""
 MATMUL_GPU_FP32 = MappingProxyType({"h200": MatmulGpu(64, 64, 32, 4, 3), "cpu": MatmulGpu(16, 16, 16, 4, 1)})
+
+
+class LightningTpu(NamedTuple):
+    """Heads a program computes at most, tokens of a grid step at most, cores that share the programs, bytes of VMEM."""
+
+    heads: int
+    rows: int
+    cores: int
+    vmem: int
+
+
+LIGHTNING_TPU = MappingProxyType(
+    {
+        "v5e": LightningTpu(8, 256, 1, 64 * _MIB),
+        "v5p": LightningTpu(8, 256, 2, 64 * _MIB),
+        "v6e": LightningTpu(8, 256, 1, 64 * _MIB),
+        "cpu": LightningTpu(2, 128, 1, 64 * _MIB),
+    }
+)

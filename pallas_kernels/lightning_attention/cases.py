@@ -1,6 +1,8 @@
 """Named shapes of Lightning attention, shared by the tests and the benchmark."""
 
-from typing import NamedTuple
+import functools
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +10,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from pallas_kernels import GRID
+from pallas_kernels.aot.case import CompileCase
 
 
 class Case(NamedTuple):
@@ -63,3 +66,47 @@ def inputs(case: Case, dtype: DTypeLike, seed: int = 0) -> Inputs:
     chunk, per_grid = np.arange(-(-case.T // case.C)), GRID // case.C
     starts = (chunk % per_grid == 0) & (chunk // per_grid % 2 == np.arange(case.B)[:, None] % 2)
     return Inputs(q, k, v, log_decay, state, jnp.asarray(starts) if case.segments else None)
+
+
+COMPILE_SIZES = {
+    "mini (1, 4096, 16)": Case(1, 4096, 16, 128, 128, C=128),
+    "mini (2, 4096, 16) C64": Case(2, 4096, 16, 128, 128),
+    "flash (1, 16384, 32)": Case(1, 16384, 32, 128, 128, C=128),
+    "long (1, 16384, 64)": Case(1, 16384, 64, 128, 128),
+}
+"""Training and prefill of the released models, and the shape that others have published times of."""
+
+
+def compile_cases() -> Iterator[CompileCase]:
+    """Yield what the compile gates compile."""
+    for implementation, targets in {"pallas_tpu": ("v5e", "v5p", "v6e")}.items():
+        for name, case in COMPILE_SIZES.items():
+            for kernel in ("forward", "backward"):
+                yield _compile(kernel, name, case, implementation, targets)
+
+
+def _compile(kernel: str, name: str, case: Case, implementation: str, targets: tuple[str, ...]) -> CompileCase:
+    from pallas_kernels.lightning_attention.api import lightning_attention
+
+    bf16 = lambda size: jax.ShapeDtypeStruct((case.B, case.T, case.H, size), jnp.bfloat16)
+    q, k, v, log_decay = bf16(case.K), bf16(case.K), bf16(case.V), jax.ShapeDtypeStruct((case.H,), jnp.float32)
+    op = functools.partial(lightning_attention, chunk_size=case.C, implementation=implementation)
+
+    def gradients(q, k, v, log_decay, d_out):
+        return jax.vjp(lambda q, k, v: op(q, k, v, log_decay)[0], q, k, v)[1](d_out)
+
+    per_head, backward = case.B * case.T * case.H, kernel == "backward"
+    arrays = 3 * (case.K + case.V) + case.V + 2 * case.K + case.V if backward else 2 * (case.K + case.V)
+    square = 4 * case.K * case.V + 2 * case.C * (case.K + case.V)
+    arguments: tuple[Any, ...] = (q, k, v, log_decay)
+    return CompileCase(
+        kernel=f"lightning_attention.{kernel}",
+        shape=name,
+        targets=targets,
+        program=gradients if backward else op,
+        arguments=(*arguments, v) if backward else arguments,
+        bytes=2 * per_head * arrays,
+        flops=per_head * square * (2.5 if backward else 1),
+        floor_ratio=None,
+        quick=name.startswith("mini (2"),
+    )
