@@ -73,3 +73,15 @@ LIGHTNING_TPU = MappingProxyType(
         "cpu": LightningTpu(2, 128, 1, 64 * _MIB),
     }
 )
+
+
+class LightningGpu(NamedTuple):
+    """Columns of the state a program has, its warps and its pipeline's stages."""
+
+    block: int
+    warps: int
+    stages: int
+
+
+LIGHTNING_GPU = MappingProxyType({"h200": LightningGpu(64, 4, 3), "cpu": LightningGpu(16, 4, 1)})
+LIGHTNING_GPU_BACKWARD = MappingProxyType({"h200": LightningGpu(64, 4, 3), "cpu": LightningGpu(16, 4, 1)})

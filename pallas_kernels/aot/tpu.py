@@ -110,7 +110,7 @@ def compile_case(case: gates.CompileCase, target: str, folder: str) -> dict[str,
         if equation.primitive.name != "pallas_call":
             continue
         name, mapping, semantics = (equation.params[key] for key in ("name", "grid_mapping", "compiler_params"))
-        hlo = next((n for n in bundles if re.sub(r"\.\d+$", "", n) == name), None)
+        hlo = next((n for n in bundles if gates.is_named(n, name)), None)
         if hlo is None:
             continue  # an equal kernel was listed, or nothing uses it
         grid, semantics = tuple(mapping.grid), getattr(semantics, "dimension_semantics", None) or ()

@@ -3,9 +3,9 @@
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels import GRID, dispatch
-from pallas_kernels.lightning_attention import pallas_tpu, xla
+from pallas_kernels.lightning_attention import pallas_gpu, pallas_tpu, xla
 
-IMPLEMENTATIONS = {"xla": xla.lightning_attention, "pallas_tpu": pallas_tpu.lightning_attention}
+IMPLEMENTATIONS = {"xla": xla.lightning_attention, "pallas_tpu": pallas_tpu.lightning_attention, "pallas_gpu": pallas_gpu.lightning_attention}
 STEP_IMPLEMENTATIONS = {"xla": xla.lightning_attention_step}
 FOLD_IMPLEMENTATIONS = {"xla": xla.fold_full_chunks}
 

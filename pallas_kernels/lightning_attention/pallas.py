@@ -13,7 +13,7 @@ from pallas_kernels.lightning_attention import tile
 @functools.partial(jax.custom_vjp, nondiff_argnums=(7, 8, 9))
 def _lightning(q, k, v, log_decay, state, reset, last, chunk_size, forward, backward):
     del backward
-    return forward(q, k, v, tile.weights(tile.decay_powers(log_decay, chunk_size)), state, reset, last)
+    return forward(q, k, v, tile.weights(tile.decay_powers(log_decay, chunk_size), q.shape[-1]), state, reset, last)
 
 
 def _forward(q, k, v, log_decay, state, reset, last, chunk_size, forward, backward):
@@ -25,7 +25,7 @@ def _backward(chunk_size, forward, backward, residuals, gradients):
     del forward
     q, k, v, log_decay, state, reset, last = residuals
     d_out, d_state = gradients
-    weights = tile.weights(tile.decay_powers(log_decay, chunk_size))
+    weights = tile.weights(tile.decay_powers(log_decay, chunk_size), q.shape[-1])
     dq, dk, dv, d_state = backward(q, k, v, d_out.astype(q.dtype), weights, state, d_state, reset, last)
     return dq, dk, dv, jnp.zeros_like(log_decay), d_state, None, None
 

@@ -54,7 +54,7 @@ def _forward_kernel(last_ref, reset_ref, q_ref, k_ref, v_ref, mask_ref, query_re
         q, k, v = _heads(q_ref, at, key_size), _heads(k_ref, at, key_size), _heads(v_ref, at, value_size)
         state = jnp.where(reset_ref[row, index] > 0, 0.0, state)
         _write_heads(o_ref, at, tile.rows(q, k, v, state, mask_ref[...], query_ref[...]))
-        after = tile.fold(state, tile.chunk_kv(k, v, key_ref[...]), whole_ref[...])
+        after = tile.fold(state, k, v, key_ref[...], whole_ref[...])
         return jnp.where(index < last_ref[row], after, state)
 
     _steps(state_ref, start_ref, num_chunks, False, chunk)
@@ -71,7 +71,7 @@ def _query_kernel(last_ref, reset_ref, k_ref, v_ref, d_out_ref, mask_ref, query_
         k, v, d_out = _heads(k_ref, at, key_size), _heads(v_ref, at, value_size), _heads(d_out_ref, at, value_size)
         state = jnp.where(reset_ref[row, index] > 0, 0.0, state)
         _write_heads(dq_ref, at, tile.query_gradient(k, v, d_out, state, mask_ref[...], query_ref[...]))
-        return tile.fold(state, tile.chunk_kv(k, v, key_ref[...]), whole_ref[...])
+        return tile.fold(state, k, v, key_ref[...], whole_ref[...])
 
     _steps(state_ref, start_ref, num_chunks, False, chunk)
 
@@ -92,7 +92,7 @@ def _key_value_kernel(
         _write_heads(dv_ref, at, tile.value_gradient(q, k, d_out, d_after, mask_ref[...], key_ref[...]))
         _write_heads(dk_ref, at, tile.key_gradient(q, v, d_out, d_after, mask_ref[...], key_ref[...]))
         whole = jnp.where(live, whole_ref[...], 1.0)
-        d_before = tile.fold(d_state, tile.state_gradient(q, d_out, query_ref[...]), whole)
+        d_before = tile.fold(d_state, q, d_out, query_ref[...], whole)
         return jnp.where(reset_ref[row, index] > 0, 0.0, d_before)
 
     _steps(d_state_ref, end_ref, num_chunks, True, chunk)

@@ -34,14 +34,14 @@ def _chunk_rows(q, k, v, state, powers, aligned):
     """All C rows of a chunk: at once, or in aligned numerics as a loop over the tiles that decode uses."""
     batch, heads, chunk_size, size = q.shape
     if not aligned:
-        return tile.rows(q, k, v, state, *tile.weights(powers)[:2])
+        return tile.rows(q, k, v, state, *tile.weights(powers, size)[:2])
     num_tiles = chunk_size // QUERY_TILE
     tiles = jnp.moveaxis(q.reshape(batch, heads, num_tiles, QUERY_TILE, size), 2, 0)
     starts = QUERY_TILE * jnp.arange(num_tiles, dtype=jnp.int32)[:, None]
 
     def rows(inputs):
         q, keys, values, entering, weights = pin((inputs[0], k, v, state, powers))
-        return pin(tile.rows(q, keys, values, entering, *tile.row_weights(weights, inputs[1], QUERY_TILE)))
+        return pin(tile.rows(q, keys, values, entering, *tile.row_weights(weights, size, inputs[1], QUERY_TILE)))
 
     out = lax.map(rows, (tiles, starts))
     return jnp.moveaxis(out, 0, 2).reshape(batch, heads, chunk_size, -1)
@@ -65,8 +65,8 @@ def _scan_forward(q, k, v, powers, state, reset, last, chunk_size, aligned):
 
 def _after(state, k, v, powers, aligned=True):
     """The state one chunk later."""
-    weights = tile.weights(powers)
-    return pin(tile.fold(*pin((state, tile.chunk_kv(k, v, weights.key), weights.whole), aligned)), aligned)
+    weights = tile.weights(powers, k.shape[-1])
+    return pin(tile.fold(*pin((state, k, v, weights.key, weights.whole), aligned)), aligned)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(7, 8))
@@ -83,7 +83,7 @@ def _backward(chunk_size, aligned, residuals, gradients):
     del aligned  # gradients promise no bits across layouts
     q, k, v, log_decay, state, reset, last = residuals
     d_out, d_state = gradients
-    weights = tile.weights(tile.decay_powers(log_decay, chunk_size))
+    weights = tile.weights(tile.decay_powers(log_decay, chunk_size), q.shape[-1])
     transposed = jnp.swapaxes(weights.mask, 1, 2)
     dtype, index = q.dtype, jnp.arange(reset.shape[1])
     keep = jnp.where(reset, 0.0, 1.0).T[:, :, None, None, None]  # [n, B, 1, 1, 1]
@@ -96,7 +96,7 @@ def _backward(chunk_size, aligned, residuals, gradients):
         d_after = jnp.where(live, d_state, 0.0)
         dv = tile.value_gradient(q, k, d_out, d_after, transposed, weights.key)
         dk = tile.key_gradient(q, v, d_out, d_after, transposed, weights.key)
-        d_before = tile.fold(d_state, tile.state_gradient(q, d_out, weights.query), jnp.where(live, weights.whole, 1.0))
+        d_before = tile.fold(d_state, q, d_out, weights.query, jnp.where(live, weights.whole, 1.0))
         return keep * d_before, (dk.astype(dtype), dv.astype(dtype))
 
     d_state, (dk, dv) = lax.scan(backward_in_time, d_state, (qs, ks, vs, dos, keep, live), reverse=True)
@@ -105,7 +105,7 @@ def _backward(chunk_size, aligned, residuals, gradients):
         k, v, d_out, keep = chunk
         state = keep * state
         dq = tile.query_gradient(k, v, d_out, state, weights.mask, weights.query)
-        return tile.fold(state, tile.chunk_kv(k, v, weights.key), weights.whole), dq.astype(dtype)
+        return tile.fold(state, k, v, weights.key, weights.whole), dq.astype(dtype)
 
     _, dq = lax.scan(forward_in_time, state, (ks, vs, dos, keep))
     return _unchunk(dq), _unchunk(dk), _unchunk(dv), jnp.zeros_like(log_decay), d_state, None, None
@@ -133,7 +133,7 @@ def lightning_attention_step(q, state, key_buffer, value_buffer, log_decay, inde
     padding = QUERY_TILE - 1 if aligned else 0
     tile_q = jnp.pad(q[:, :, None], ((0, 0), (0, 0), (0, padding), (0, 0)))
     tile_q, key_buffer, value_buffer, state, powers = pin((tile_q, key_buffer, value_buffer, state, powers), aligned)
-    weights = tile.row_weights(powers, index, tile_q.shape[2])
+    weights = tile.row_weights(powers, q.shape[-1], index, tile_q.shape[2])
     return pin(tile.rows(tile_q, key_buffer, value_buffer, state, *weights), aligned)[:, :, 0].astype(q.dtype)
 
 
