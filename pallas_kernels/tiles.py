@@ -57,9 +57,10 @@ MATMUL_GPU_FP32 = MappingProxyType({"h200": MatmulGpu(64, 64, 32, 4, 3), "cpu": 
 
 
 class LightningTpu(NamedTuple):
-    """Heads a program computes at most, tokens of a grid step at most, cores that share the programs, bytes of VMEM."""
+    """Heads a program computes at most (in decoding), tokens of a grid step at most, cores that share the programs, bytes of VMEM."""
 
     heads: int
+    decode_heads: int
     rows: int
     cores: int
     vmem: int
@@ -67,10 +68,10 @@ class LightningTpu(NamedTuple):
 
 LIGHTNING_TPU = MappingProxyType(
     {
-        "v5e": LightningTpu(8, 256, 1, 64 * _MIB),
-        "v5p": LightningTpu(8, 256, 2, 64 * _MIB),
-        "v6e": LightningTpu(8, 256, 1, 64 * _MIB),
-        "cpu": LightningTpu(2, 128, 1, 64 * _MIB),
+        "v5e": LightningTpu(8, 16, 256, 1, 64 * _MIB),
+        "v5p": LightningTpu(8, 16, 256, 2, 64 * _MIB),
+        "v6e": LightningTpu(8, 16, 256, 1, 64 * _MIB),
+        "cpu": LightningTpu(2, 2, 128, 1, 64 * _MIB),
     }
 )
 
@@ -85,3 +86,4 @@ class LightningGpu(NamedTuple):
 
 LIGHTNING_GPU = MappingProxyType({"h200": LightningGpu(64, 4, 3), "cpu": LightningGpu(16, 4, 1)})
 LIGHTNING_GPU_BACKWARD = MappingProxyType({"h200": LightningGpu(64, 4, 3), "cpu": LightningGpu(16, 4, 1)})
+LIGHTNING_GPU_DECODE = MappingProxyType({"h200": LightningGpu(64, 4, 1), "cpu": LightningGpu(16, 4, 1)})

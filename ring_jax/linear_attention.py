@@ -8,7 +8,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
-from pallas_kernels.lightning_attention import fold_full_chunks, lightning_attention, lightning_attention_step
+from pallas_kernels.lightning_attention import lightning_attention, lightning_attention_step
 from pallas_kernels.matmul import matmul
 from ring_jax.cache import LinearCache, Placement
 from ring_jax.config import ModelConfig
@@ -72,15 +72,9 @@ class LinearAttention(nnx.Module):
             return lightning_attention(q, k, v, decay, reset=place.reset, chunk_size=chunk, **ops)[0], None
         offset = place.length % chunk  # rows of the open chunk that are in the buffers
         if q.shape[1] == 1:
-            live = place.valid[:, 0]
-            slot, row = jnp.arange(q.shape[0]), jnp.where(live, offset, chunk)
-            key = cache.key.at[slot, :, row].set(k[:, 0], mode="drop")
-            value = cache.value.at[slot, :, row].set(v[:, 0], mode="drop")
-            o = lightning_attention_step(q[:, 0], cache.state, key, value, decay, offset, **ops)
-            state = cache.state
-            if place.may_fold:
-                state = fold_full_chunks(state, key, value, decay, row, implementation=self.numerics.implementation)
-            return o[:, None], LinearCache(state, key, value)
+            row = jnp.where(place.valid[:, 0], offset, chunk)
+            step = lightning_attention_step(q[:, 0], k[:, 0], v[:, 0], *cache, decay, row, may_fold=place.may_fold, **ops)
+            return step.out[:, None], LinearCache(step.state, step.key_buffer, step.value_buffer)
         # A piece of a prompt: put the open chunk's rows and the new ones on the chunk grid again.
         num_rows = -(-(q.shape[1] + chunk - 1) // chunk) * chunk
         buffered = lambda x: jnp.moveaxis(x, 2, 1)  # [B, H, C, K] -> [B, C, H, K]

@@ -1,13 +1,17 @@
 """Lightning attention: its implementations behind one signature."""
 
+from typing import NamedTuple
+
+import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels import GRID, dispatch
 from pallas_kernels.lightning_attention import pallas_gpu, pallas_tpu, xla
 
-IMPLEMENTATIONS = {"xla": xla.lightning_attention, "pallas_tpu": pallas_tpu.lightning_attention, "pallas_gpu": pallas_gpu.lightning_attention}
-STEP_IMPLEMENTATIONS = {"xla": xla.lightning_attention_step}
-FOLD_IMPLEMENTATIONS = {"xla": xla.fold_full_chunks}
+_MODULES = {"xla": xla, "pallas_tpu": pallas_tpu, "pallas_gpu": pallas_gpu}
+IMPLEMENTATIONS = {name: module.lightning_attention for name, module in _MODULES.items()}
+STEP_IMPLEMENTATIONS = {name: module.lightning_attention_step for name, module in _MODULES.items()}
+VERIFY_IMPLEMENTATIONS = {name: module.lightning_attention_verify for name, module in _MODULES.items()}
 
 
 def lightning_attention(
@@ -40,34 +44,67 @@ def lightning_attention(
     return dispatch.call("lightning_attention", IMPLEMENTATIONS, implementation, q, k, v, log_decay, **options)
 
 
+class Step(NamedTuple):
+    """The output of a decode step, and the slot table after it."""
+
+    out: Float[Array, "B H V"]
+    state: Float[Array, "B H K V"]
+    key_buffer: Float[Array, "B H C K"]
+    value_buffer: Float[Array, "B H C V"]
+    state_copy: Float[Array, "B H K V"] | None
+
+
 def lightning_attention_step(
     q: Float[Array, "B H K"],
+    k: Float[Array, "B H K"],
+    v: Float[Array, "B H V"],
     state: Float[Array, "B H K V"],
     key_buffer: Float[Array, "B H C K"],
     value_buffer: Float[Array, "B H C V"],
     log_decay: Float[Array, " H"],
     index: Int[Array, " B"],
+    *,
+    state_copy: Float[Array, "B H K V"] | None = None,
+    may_fold: bool = True,
+    aligned: bool = False,
+    implementation: str = "auto",
+) -> Step:
+    """Return one token's output in every slot, and the slots after it: its k and v in row `index` of the open chunk.
+
+    Args:
+        state: fp32 states at the start of the open chunks.
+        key_buffer, value_buffer: the open chunks' k and v; rows from `index` on may hold anything finite: their weight is an exact zero.
+        index: the row the token takes; C for a slot without one, which stays as it is (its output means nothing).
+        state_copy: the states in the products' dtype, read instead of them (the products round them to it anyway).
+        may_fold: whether a slot's chunk may become full, and is folded into its state then; a caller that knows better says False.
+    """
+    arguments = (q, k, v, state, key_buffer, value_buffer, log_decay, index)
+    options = {"state_copy": state_copy, "may_fold": may_fold, "aligned": aligned}
+    return Step(*dispatch.call("lightning_attention_step", STEP_IMPLEMENTATIONS, implementation, *arguments, **options))
+
+
+def lightning_attention_verify(
+    q: Float[Array, "B N H K"],
+    k: Float[Array, "B N H K"],
+    v: Float[Array, "B N H V"],
+    state: Float[Array, "B H K V"],
+    key_buffer: Float[Array, "B H C K"],
+    value_buffer: Float[Array, "B H C V"],
+    log_decay: Float[Array, " H"],
+    index: Int[Array, " B"],
+    paths: Int[Array, "P D"],
     *,
     aligned: bool = False,
     implementation: str = "auto",
-) -> Float[Array, "B H V"]:
-    """Return one output row a slot: row `index` of the open chunk, whose k and v up to that row are in the buffers.
+) -> Float[Array, "B N H V"]:
+    """Return the outputs of a tree of N draft tokens that follow each slot's tokens; the slots stay as they are.
 
-    `state` is the fp32 state at the chunk's start. Later buffer rows may hold anything finite: their weight is an exact zero.
+    `paths` lists the tokens from the root to each leaf, -1 behind a leaf; every token is on one. A token's bits are those that it has in
+    training after its path: a path's tokens stand in the rows they would take, `index` and on, and behind a full chunk in the next one.
     """
-    arguments = (q, state, key_buffer, value_buffer, log_decay, index)
-    return dispatch.call("lightning_attention_step", STEP_IMPLEMENTATIONS, implementation, *arguments, aligned=aligned)
-
-
-def fold_full_chunks(
-    state: Float[Array, "B H K V"],
-    key_buffer: Float[Array, "B H C K"],
-    value_buffer: Float[Array, "B H C V"],
-    log_decay: Float[Array, " H"],
-    index: Int[Array, " B"],
-    *,
-    implementation: str = "auto",
-) -> Float[Array, "B H K V"]:
-    """Return the state with the buffers folded in for the slots whose row `index` is the last of a chunk (C - 1), others unchanged."""
-    arguments = (state, key_buffer, value_buffer, log_decay, index)
-    return dispatch.call("lightning_attention_fold", FOLD_IMPLEMENTATIONS, implementation, *arguments)
+    num_nodes, taken = q.shape[1], jnp.maximum(paths, 0)
+    along = [x[:, taken] for x in (q, k, v)]  # [B, P, D, H, size]
+    arguments = (*along, state, key_buffer, value_buffer, log_decay, index)
+    out = dispatch.call("lightning_attention_verify", VERIFY_IMPLEMENTATIONS, implementation, *arguments, aligned=aligned)
+    first = jnp.argmax(paths.reshape(-1) == jnp.arange(num_nodes)[:, None], axis=1)  # any path that a token is on has its bits
+    return out.reshape(out.shape[0], -1, *out.shape[3:])[:, first]

@@ -98,6 +98,11 @@ def _live(last_ref, index) -> jax.Array:
     return (index < last_ref[0]).astype(jnp.float32)
 
 
+def _at_program(heads: int, index):
+    """An index map of (batch, head, block) as one of (batch and head, block): for a single row, of constant index, the compiler spills."""
+    return lambda p, n: index(lax.div(p, jnp.int32(heads)), lax.rem(p, jnp.int32(heads)), n)
+
+
 def _call(kernel, name: str, sequences, split: str, weights: Weights, state, reset, last, outs, choice, flops_per_row: int):
     """Run a kernel; `sequences` and `outs` (arrays or shapes) are [B, T, H, size] with their axis, "k" or "v", or states ("s").
 
@@ -107,9 +112,7 @@ def _call(kernel, name: str, sequences, split: str, weights: Weights, state, res
     key_size, value_size = state.shape[2:]
     block = min(choice.block, key_size if split == "k" else value_size)
 
-    def at_program(index):
-        # One axis for batch and heads: for a single row, whose index would be a constant, the compiler spills.
-        return lambda p, n: index(lax.div(p, jnp.int32(heads)), lax.rem(p, jnp.int32(heads)), n)
+    at_program = functools.partial(_at_program, heads)
 
     def spec(axis: str, size: int) -> pl.BlockSpec:
         if axis == "s":
@@ -174,3 +177,123 @@ def _backward(q, k, v, d_out, weights, state, d_state, reset, last):
 
 
 lightning_attention = functools.partial(pallas.lightning_attention, _forward, _backward)
+
+
+def _rows_kernel(*refs, sizes, write, fold, copied):
+    """A block of V of the rows of tokens that follow the buffers; the first may be written into them, a full chunk folded into the state."""
+    chunk_size, num_tokens = sizes
+    (index_ref, q_ref, k_ref, v_ref, key_in, value_in, mask_ref, query_ref, key_ref, whole_ref, state_ref), refs = refs[:11], refs[11:]
+    (copy_ref,), refs = (refs[:1], refs[1:]) if copied else ((state_ref,), refs)
+    o_ref, outs = refs[0], refs[1:]
+    index, row = index_ref[0], jnp.arange(chunk_size)
+    weights = Weights(mask_ref[...], query_ref[...], key_ref[...], whole_ref[...])
+
+    def tokens(ref, first):
+        """The tokens in their rows of a tile, zeros elsewhere. Masked in the load: a tile then lies where one of training lies."""
+        shape = (chunk_size, ref.shape[1])
+        inside = (row >= first) & (row < first + num_tokens)
+        token = jnp.broadcast_to(jnp.clip(row - first, 0, num_tokens - 1)[:, None], shape)
+        return triton.load(ref.at[token, jnp.broadcast_to(jnp.arange(shape[1]), shape)], mask=jnp.broadcast_to(inside[:, None], shape), other=0)
+
+    def on_tile(ref, buffer_ref):
+        before = jnp.broadcast_to((row < index)[:, None], buffer_ref.shape)
+        return jnp.where(before, triton.load(buffer_ref.at[:, :], mask=before, other=0), tokens(ref, index))
+
+    def outputs(first, keys, values, state):
+        out = tile.rows(tokens(q_ref, first), keys, values, state, weights.mask, weights.query, _dot)
+        for i in range(num_tokens):
+            one = jnp.where((row == first + i)[:, None], out, 0.0).sum(0).astype(o_ref.dtype)
+            here = (first + i >= 0) & (first + i < chunk_size)
+            triton.store(o_ref.at[jnp.int32(i), :], one, mask=jnp.broadcast_to(here, one.shape))
+
+    keys, values = on_tile(k_ref, key_in), on_tile(v_ref, value_in)
+    outputs(index, keys, values, copy_ref[...])
+    if num_tokens > 1:
+
+        @pl.when(index + num_tokens > chunk_size)
+        def _next_chunk():
+            first = index - chunk_size
+            after = tile.fold(state_ref[...], keys, values, weights.key, weights.whole, _dot)
+            outputs(first, tokens(k_ref, first), tokens(v_ref, first), after)
+
+    if write:
+        at = jnp.minimum(index, chunk_size - 1)
+        for out_ref, ref in zip(outs, (k_ref, v_ref), strict=False):  # every block of V writes the same row of k
+            triton.store(out_ref.at[at, :], ref[0, :], mask=jnp.broadcast_to(index < chunk_size, ref.shape[1:]))
+    if fold:
+
+        @pl.when(index == chunk_size - 1)
+        def _fold():
+            after = tile.fold(state_ref[...], keys, values, weights.key, weights.whole, _dot)
+            for out_ref in outs[2:]:
+                out_ref[...] = after.astype(out_ref.dtype)
+
+
+def _rows(name, q, k, v, state, state_copy, key_buffer, value_buffer, log_decay, index, write: bool, fold: bool):
+    """The outputs [B, P, D, H, V] of tokens [B, P, D, H, size] after the buffers, then what changed: buffers, state, copy."""
+    batch, num_paths, num_tokens, heads, key_size = q.shape
+    chunk_size, value_size = value_buffer.shape[2:]
+    choice = tiles.of(tiles.LIGHTNING_GPU_DECODE)
+    block = min(choice.block, value_size)
+    weights = tile.weights(tile.decay_powers(log_decay, chunk_size), key_size)
+    at = lambda f: _at_program(heads, lambda bp, h, n: f(lax.div(bp, jnp.int32(num_paths)), lax.rem(bp, jnp.int32(num_paths)), h, n))
+    tokens = lambda size, split: pl.BlockSpec(
+        (None, None, num_tokens, None, size), at((lambda b, p, h, n: (b, p, 0, h, n)) if split else (lambda b, p, h, n: (b, p, 0, h, 0)))
+    )
+    slot = lambda rows, size, split: pl.BlockSpec(
+        (None, None, rows, size), at((lambda b, p, h, n: (b, h, 0, n)) if split else (lambda b, p, h, n: (b, h, 0, 0)))
+    )
+    key_spec, value_spec, state_spec = slot(chunk_size, key_size, False), slot(chunk_size, block, True), slot(key_size, block, True)
+    constant = lambda x: pl.BlockSpec((None, *x.shape[1:]), at(lambda b, p, h, n: (h, 0, 0)))
+    copies = [] if state_copy is None else [state_copy]
+    changed = [*([key_buffer, value_buffer] if write else []), *([state, *copies] if fold else [])]
+    specs = [*([key_spec, value_spec] if write else []), *([state_spec] * (1 + len(copies)) if fold else [])]
+    inputs = [index, q, k, v, key_buffer, value_buffer, *weights, state, *copies]
+    aliases = {next(i for i, x in enumerate(inputs) if x is y): n + 1 for n, y in enumerate(changed)}
+    out = jax.ShapeDtypeStruct((batch, num_paths, num_tokens, heads, value_size), q.dtype)
+    read = (q, k, v, key_buffer, value_buffer, *(copies or [state]))
+    rows = batch * num_paths * heads * chunk_size
+    return pl.pallas_call(
+        functools.partial(_rows_kernel, sizes=(chunk_size, num_tokens), write=write, fold=fold, copied=bool(copies)),
+        name=name,
+        grid=(batch * num_paths * heads, value_size // block),
+        in_specs=[
+            pl.BlockSpec((1,), at(lambda b, p, h, n: (b,))),
+            tokens(key_size, False),
+            tokens(key_size, False),
+            tokens(block, True),
+            key_spec,
+            value_spec,
+            *map(constant, weights),
+            *([state_spec] * (1 + len(copies))),
+        ],
+        out_specs=[tokens(block, True), *specs],
+        out_shape=[out, *(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in changed)],
+        input_output_aliases=aliases,
+        compiler_params=triton.CompilerParams(num_warps=choice.warps, num_stages=choice.stages),
+        cost_estimate=pl.CostEstimate(
+            flops=rows * 2 * (chunk_size * (key_size + value_size) + key_size * value_size),
+            bytes_accessed=sum(x.size * x.dtype.itemsize for x in read),
+            transcendentals=0,
+        ),
+        interpret=interpreted("gpu"),
+    )(*inputs)
+
+
+def lightning_attention_step(q, k, v, state, key_buffer, value_buffer, log_decay, index, *, state_copy, may_fold, aligned):
+    """See `api.lightning_attention_step`."""
+    del aligned
+    _check(q[:, None], v[:, None], key_buffer.shape[2])
+    one = lambda x: x[:, None, None]
+    result = _rows(
+        "lightning_decode", one(q), one(k), one(v), state, state_copy, key_buffer, value_buffer, log_decay, index, True, may_fold
+    )
+    state, state_copy = (*result[3:], None)[:2] if may_fold else (state, state_copy)
+    return result[0][:, 0, 0], state, *result[1:3], state_copy
+
+
+def lightning_attention_verify(q, k, v, state, key_buffer, value_buffer, log_decay, index, *, aligned):
+    """See `api.lightning_attention_verify`, which lays the tokens out as paths [B, P, D, H, size]."""
+    del aligned
+    _check(q[:, 0], v[:, 0], key_buffer.shape[2])
+    return _rows("lightning_verify", q, k, v, state, None, key_buffer, value_buffer, log_decay, index, False, False)[0]

@@ -19,14 +19,15 @@ from pallas_kernels.lightning_attention.tile import Weights
 
 
 def _heads(ref, rows: slice, size: int) -> jax.Array:
-    """The rows of a block [1, T, heads x size], as [heads, rows, size]."""
-    return jnp.stack([ref[0, rows, h * size : (h + 1) * size] for h in range(ref.shape[2] // size)])
+    """The rows of a block [..., T, heads x size], as [heads, rows, size]."""
+    front = (0,) * (len(ref.shape) - 2)
+    return jnp.stack([ref[*front, rows, h * size : (h + 1) * size] for h in range(ref.shape[-1] // size)])
 
 
 def _write_heads(ref, rows: slice, x: jax.Array) -> None:
-    size = x.shape[2]
+    front, size = (0,) * (len(ref.shape) - 2), x.shape[2]
     for h in range(x.shape[0]):
-        ref[0, rows, h * size : (h + 1) * size] = x[h].astype(ref.dtype)
+        ref[*front, rows, h * size : (h + 1) * size] = x[h].astype(ref.dtype)
 
 
 def _steps(state_ref, start, num_chunks: int, reverse: bool, chunk):
@@ -98,6 +99,12 @@ def _key_value_kernel(
     _steps(d_state_ref, end_ref, num_chunks, True, chunk)
 
 
+def _spread(weights: Weights, key_size: int, value_size: int) -> Weights:
+    """The weights, columns as wide as what they multiply: they would be spread over the lanes again in every step."""
+    lanes = key_size if key_size == value_size else 1
+    return Weights(weights.mask, *(jnp.broadcast_to(x, (*x.shape[:2], lanes)) for x in weights[1:]))
+
+
 def _largest_divisor(n: int, most: int) -> int:
     return next(d for d in range(min(n, most), 0, -1) if n % d == 0)
 
@@ -117,9 +124,7 @@ def _call(kernel, name: str, sequences, weights: Weights, state, reset, last, ou
     sequence = lambda size: pl.BlockSpec((1, rows, group * size), at)
     constant = lambda x: pl.BlockSpec((group, *x.shape[1:]), lambda b, h, t, *_: (h, 0, 0))
     state_spec = pl.BlockSpec((1, group, key_size, value_size), lambda b, h, t, *_: (b, h, 0, 0))
-    # A column of weights would be spread over the lanes again in every step.
-    lanes = key_size if key_size == value_size else 1
-    constants = (weights.mask, *(jnp.broadcast_to(x, (*x.shape[:2], lanes)) for x in weights[1:]))
+    constants = _spread(weights, key_size, value_size)
     flat = [x.reshape(batch, num_tokens, -1) for x in sequences]
     outs = [jax.ShapeDtypeStruct((batch, num_tokens, heads * size), dtype) for size in out_sizes]
     moved = sum(x.size * x.dtype.itemsize for x in (*flat, *outs)) + 2 * state.size * 4
@@ -166,3 +171,172 @@ def _backward(q, k, v, d_out, weights, state, d_state, reset, last):
 
 
 lightning_attention = functools.partial(pallas.lightning_attention, _forward, _backward)
+
+
+ROW_BLOCK = 16
+"""Rows of a buffer that a decode step writes: what a tile of bf16 holds."""
+
+
+def _on_tile(tokens: jax.Array, buffer: jax.Array | None, first: jax.Array, chunk_size: int) -> jax.Array:
+    """A chunk's tile [heads, C, size]: rows before `first` from the buffer, then the tokens [heads, D, size], zeros behind."""
+    heads, num_tokens, size = tokens.shape
+    row = jax.lax.broadcasted_iota(jnp.int32, (heads, chunk_size, size), 1)
+    wide = tokens.astype(jnp.float32)  # masks fit 32-bit lanes
+    tile = jnp.zeros(row.shape, jnp.float32) if buffer is None else jnp.where(row < first, buffer.astype(jnp.float32), 0.0)
+    for i in range(num_tokens):
+        tile = jnp.where(row == first + i, wide[:, i : i + 1], tile)
+    return tile.astype(tokens.dtype)
+
+
+def _rows_kernel(index_ref, q_ref, k_ref, v_ref, state_ref, key_in, value_in, mask_ref, query_ref, key_ref, whole_ref, o_ref, *writes, sizes):
+    """Rows of tokens that follow the buffers, one after another; the first may be written into them."""
+    chunk_size, num_tokens, key_size, value_size = sizes
+    index, every = index_ref[pl.program_id(0)], slice(None)
+    q, k, v = _heads(q_ref, every, key_size), _heads(k_ref, every, key_size), _heads(v_ref, every, value_size)
+    state, weights = state_ref[0], (mask_ref[...], query_ref[...])
+    keys, values = _on_tile(k, key_in[0], index, chunk_size), _on_tile(v, value_in[0], index, chunk_size)
+
+    def outputs(first, keys, values, state):
+        """The tokens' rows of a tile whose row `first` is the first token's."""
+        out = tile.rows(_on_tile(q, None, first, chunk_size), keys, values, state, *weights)
+        row = jax.lax.broadcasted_iota(jnp.int32, out.shape, 1)
+        one = [jnp.where(row == first + i, out, 0.0).sum(1, keepdims=True) for i in range(num_tokens)]
+        return jnp.concatenate(one, axis=1)  # zero for tokens of another tile
+
+    _write_heads(o_ref, every, outputs(index, keys, values, state))
+    if num_tokens > 1:
+
+        @pl.when(index + num_tokens > chunk_size)
+        def _next_chunk():
+            after, first = tile.fold(state, keys, values, key_ref[...], whole_ref[...]), index - chunk_size
+            behind = outputs(first, _on_tile(k, None, first, chunk_size), _on_tile(v, None, first, chunk_size), after)
+            _write_heads(o_ref, every, _heads(o_ref, every, value_size).astype(jnp.float32) + behind)
+
+    start = pl.multiple_of(jnp.minimum(index, chunk_size - 1) // ROW_BLOCK * ROW_BLOCK, ROW_BLOCK)
+    for out_ref, buffer_ref, token in zip(writes, (key_in, value_in), (k, v), strict=False):
+        old = buffer_ref[0, :, pl.ds(start, ROW_BLOCK), :].astype(jnp.float32)
+        row = jax.lax.broadcasted_iota(jnp.int32, old.shape, 1)
+        out_ref[0] = jnp.where(row == index - start, token.astype(jnp.float32), old).astype(out_ref.dtype)
+
+
+def _rows(name: str, q, k, v, state, key_buffer, value_buffer, log_decay, index, write: bool):
+    """The outputs [B, P, D, H, V] of tokens [B, P, D, H, size] after the buffers, and with `write` the buffers with the first token."""
+    batch, num_paths, num_tokens, heads, key_size = q.shape
+    chunk_size, value_size = value_buffer.shape[2:]
+    choice = tiles.of(tiles.LIGHTNING_TPU)
+    group = _largest_divisor(heads, choice.decode_heads)
+    constants = _spread(tile.weights(tile.decay_powers(log_decay, chunk_size), key_size), key_size, value_size)
+    tokens = lambda size: pl.BlockSpec((1, 1, num_tokens, group * size), lambda b, h, p, index: (b, p, 0, h))
+    slot = lambda *shape: pl.BlockSpec((1, group, *shape), lambda b, h, p, index: (b, h, 0, 0))
+    constant = lambda x: pl.BlockSpec((group, *x.shape[1:]), lambda b, h, p, index: (h, 0, 0))
+    written = lambda size: pl.BlockSpec(
+        (1, group, ROW_BLOCK, size), lambda b, h, p, index: (b, h, jnp.minimum(index[b], chunk_size - 1) // ROW_BLOCK, 0)
+    )
+    flat = [x.reshape(*x.shape[:3], -1) for x in (q, k, v)]
+    out = jax.ShapeDtypeStruct((batch, num_paths, num_tokens, heads * value_size), q.dtype)
+    buffers = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (key_buffer, value_buffer)] if write else []
+    moved = sum(x.size * x.dtype.itemsize for x in (*flat, state, key_buffer, value_buffer))
+    rows = batch * num_paths * heads * chunk_size
+    result: Any = pl.pallas_call(
+        functools.partial(_rows_kernel, sizes=(chunk_size, num_tokens, key_size, value_size)),
+        name=name,
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=1,
+            grid=(batch, heads // group, num_paths),
+            in_specs=[
+                *(tokens(size) for size in (key_size, key_size, value_size)),
+                slot(key_size, value_size),
+                slot(chunk_size, key_size),
+                slot(chunk_size, value_size),
+                *map(constant, constants),
+            ],
+            out_specs=[tokens(value_size), *([written(key_size), written(value_size)] if write else [])],
+        ),
+        out_shape=[out, *buffers],
+        input_output_aliases={5: 1, 6: 2} if write else {},
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=choice.vmem, disable_bounds_checks=True
+        ),
+        cost_estimate=pl.CostEstimate(
+            flops=rows * 2 * (chunk_size * (key_size + value_size) + key_size * value_size), bytes_accessed=moved, transcendentals=0
+        ),
+        interpret=interpreted("tpu"),
+    )(index, *flat, state, key_buffer, value_buffer, *constants)
+    return result[0].reshape(batch, num_paths, num_tokens, heads, value_size), *result[1:]
+
+
+def _fold_kernel(order_ref, count_ref, state_ref, key_in, value_in, key_ref, whole_ref, out_ref, *copy_ref):
+    del order_ref
+    i, count = pl.program_id(1), count_ref[0]
+
+    @pl.when(i < count)
+    def _fold():
+        after = tile.fold(state_ref[0], key_in[0], value_in[0], key_ref[...], whole_ref[...])
+        out_ref[0] = after
+        for ref in copy_ref:
+            ref[0] = after.astype(ref.dtype)
+
+    @pl.when((i == 0) & (count == 0))
+    def _nothing_to_fold():
+        out_ref[0] = state_ref[0]
+        for ref in copy_ref:
+            ref[0] = state_ref[0].astype(ref.dtype)
+
+
+def _fold(state, key_buffer, value_buffer, log_decay, full, state_copy):
+    """The states with the buffers folded in where `full` [B]: in place, and only those states are read and written."""
+    batch, heads, key_size, value_size = state.shape
+    chunk_size, choice = key_buffer.shape[2], tiles.of(tiles.LIGHTNING_TPU)
+    group = _largest_divisor(heads, choice.decode_heads)
+    constants = _spread(tile.weights(tile.decay_powers(log_decay, chunk_size), key_size), key_size, value_size)[2:]
+    # Full slots come first; behind them the index does not change, so nothing moves.
+    at = lambda h, i, order, count: (order[jnp.minimum(i, jnp.maximum(count[0] - 1, 0))], h, 0, 0)
+    slot = lambda x: pl.BlockSpec((1, group, *x.shape[2:]), at)
+    copies = [] if state_copy is None else [state_copy]
+    arrays = (state, key_buffer, value_buffer)
+    # The copy's old values are never read: it is passed so that the new ones take its place.
+    unread = [pl.BlockSpec(memory_space=pl.ANY)] * len(copies)
+    result: Any = pl.pallas_call(
+        (lambda order, count, s, k, v, a, w, _, *outs: _fold_kernel(order, count, s, k, v, a, w, *outs)) if copies else _fold_kernel,
+        name="lightning_fold",
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=2,
+            grid=(heads // group, batch),
+            in_specs=[
+                *map(slot, arrays),
+                *(pl.BlockSpec((group, *x.shape[1:]), lambda h, i, order, count: (h, 0, 0)) for x in constants),
+                *unread,
+            ],
+            out_specs=[slot(state) for _ in (state, *copies)],
+        ),
+        out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (state, *copies)],
+        input_output_aliases={2: 0, 7: 1} if copies else {2: 0},
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=choice.vmem, disable_bounds_checks=True
+        ),
+        cost_estimate=pl.CostEstimate(flops=0, bytes_accessed=0, transcendentals=0),  # most steps fold nothing
+        interpret=interpreted("tpu"),
+    )(jnp.argsort(~full).astype(jnp.int32), full.sum(dtype=jnp.int32)[None], *arrays, *constants, *copies)
+    return result[0], result[1] if copies else None
+
+
+def lightning_attention_step(q, k, v, state, key_buffer, value_buffer, log_decay, index, *, state_copy, may_fold, aligned):
+    """See `api.lightning_attention_step`."""
+    del aligned
+    _check(q[:, None], v[:, None])
+    one = lambda x: x[:, None, None]
+    read = state if state_copy is None else state_copy
+    out, key_buffer, value_buffer = _rows(
+        "lightning_decode", one(q), one(k), one(v), read, key_buffer, value_buffer, log_decay, index, write=True
+    )
+    if may_fold:
+        full = index == key_buffer.shape[2] - 1
+        state, state_copy = _fold(state, key_buffer, value_buffer, log_decay, full, state_copy)
+    return out[:, 0, 0], state, key_buffer, value_buffer, state_copy
+
+
+def lightning_attention_verify(q, k, v, state, key_buffer, value_buffer, log_decay, index, *, aligned):
+    """See `api.lightning_attention_verify`, which lays the tokens out as paths [B, P, D, H, size]."""
+    del aligned
+    _check(q[:, 0], v[:, 0])
+    return _rows("lightning_verify", q, k, v, state, key_buffer, value_buffer, log_decay, index, write=False)[0]

@@ -126,27 +126,65 @@ def lightning_attention(q, k, v, log_decay, *, state, reset, length, chunk_size,
     return result[0][:, :num_tokens], result[1]
 
 
-def lightning_attention_step(q, state, key_buffer, value_buffer, log_decay, index, *, aligned):
-    """See `api.lightning_attention_step`."""
-    chunk_size = key_buffer.shape[2]
-    powers = tile.decay_powers(log_decay, chunk_size)
+def _token_row(q, keys, values, state, powers, row, aligned):
+    """The output [N, H, V] of a token q [N, H, K] at a row [N] of its chunk's tile."""
     padding = QUERY_TILE - 1 if aligned else 0
     tile_q = jnp.pad(q[:, :, None], ((0, 0), (0, 0), (0, padding), (0, 0)))
-    tile_q, key_buffer, value_buffer, state, powers = pin((tile_q, key_buffer, value_buffer, state, powers), aligned)
-    weights = tile.row_weights(powers, q.shape[-1], index, tile_q.shape[2])
-    return pin(tile.rows(tile_q, key_buffer, value_buffer, state, *weights), aligned)[:, :, 0].astype(q.dtype)
+    tile_q, keys, values, state, powers = pin((tile_q, keys, values, state, powers), aligned)
+    weights = tile.row_weights(powers, q.shape[-1], row, tile_q.shape[2])
+    return pin(tile.rows(tile_q, keys, values, state, *weights), aligned)[:, :, 0].astype(q.dtype)
 
 
-def fold_full_chunks(state, key_buffer, value_buffer, log_decay, index):
-    """See `api.fold_full_chunks`."""
-    chunk_size = key_buffer.shape[2]
-    powers = tile.decay_powers(log_decay, chunk_size)
-    full = index == chunk_size - 1
-    slots = jnp.argsort(~full)  # slots whose chunk is full come first; only those are touched
+def _fold_full(state, key_buffer, value_buffer, powers, full, state_copy):
+    """The states, and their copies, with the buffers folded in where `full`; other slots are not touched."""
+    slots = jnp.argsort(~full)  # slots whose chunk is full come first
 
-    def fold_slot(i, state):
+    def fold_slot(i, states):
         one = lambda x: lax.dynamic_slice_in_dim(x, slots[i], 1)
-        after = _after(one(state), one(key_buffer), one(value_buffer), powers)
-        return lax.dynamic_update_slice_in_dim(state, after, slots[i], 0)
+        after = _after(one(states[0]), one(key_buffer), one(value_buffer), powers)
+        return jax.tree.map(lambda x: lax.dynamic_update_slice_in_dim(x, after.astype(x.dtype), slots[i], 0), states)
 
-    return lax.fori_loop(0, full.sum(), fold_slot, state)
+    return lax.fori_loop(0, full.sum(), fold_slot, (state, state_copy))
+
+
+def lightning_attention_step(q, k, v, state, key_buffer, value_buffer, log_decay, index, *, state_copy, may_fold, aligned):
+    """See `api.lightning_attention_step`."""
+    chunk_size, slot = key_buffer.shape[2], jnp.arange(q.shape[0])
+    powers = tile.decay_powers(log_decay, chunk_size)
+    key_buffer = key_buffer.at[slot, :, index].set(k.astype(key_buffer.dtype), mode="drop")
+    value_buffer = value_buffer.at[slot, :, index].set(v.astype(value_buffer.dtype), mode="drop")
+    out = _token_row(q, key_buffer, value_buffer, state if state_copy is None else state_copy, powers, index, aligned)
+    if may_fold:
+        state, state_copy = _fold_full(state, key_buffer, value_buffer, powers, index == chunk_size - 1, state_copy)
+    return out, state, key_buffer, value_buffer, state_copy
+
+
+def lightning_attention_verify(q, k, v, state, key_buffer, value_buffer, log_decay, index, *, aligned):
+    """See `api.lightning_attention_verify`, which lays the tokens out as paths [B, P, D, H, size]."""
+    batch, num_paths, num_tokens = q.shape[:3]
+    chunk_size, powers = key_buffer.shape[2], tile.decay_powers(log_decay, key_buffer.shape[2])
+    each = lambda x: jnp.repeat(x, num_paths, axis=0)
+    row = each(index)[:, None] - jnp.arange(2 * chunk_size)  # how far a row of two chunks stands before the first token
+
+    def on_tiles(tokens, buffer):
+        """Buffer rows, then the path's tokens, on the tiles of two chunks: two arrays [B P, H, C, size]."""
+        tokens = tokens.reshape(batch * num_paths, *tokens.shape[2:]).swapaxes(1, 2)  # [B P, H, D, size]
+        both = jnp.concatenate([each(buffer), tokens.astype(buffer.dtype)], axis=2)
+        source = jnp.where(row > 0, jnp.arange(2 * chunk_size), chunk_size - row)
+        taken = jnp.take_along_axis(both, jnp.clip(source, 0, both.shape[2] - 1)[:, None, :, None], axis=2)
+        return jnp.split(jnp.where((row > -num_tokens)[:, None, :, None], taken, 0), 2, axis=2)
+
+    (keys, next_keys), (values, next_values) = on_tiles(k, key_buffer), on_tiles(v, value_buffer)
+    state = each(state)
+    after = _after(state.astype(jnp.float32), keys, values, powers, aligned).astype(state.dtype)
+
+    def one(token):
+        i, q = token
+        at = each(index) + i
+        pick = lambda here, there: jnp.where((at >= chunk_size)[:, None, None, None], there, here)
+        tiles = pick(keys, next_keys), pick(values, next_values), pick(state, after)
+        return _token_row(q, *tiles, powers, at % chunk_size, aligned)
+
+    queries = jnp.moveaxis(q.reshape(batch * num_paths, *q.shape[2:]), 1, 0)
+    out = lax.map(one, (jnp.arange(num_tokens), queries))  # [D, B P, H, V]
+    return jnp.moveaxis(out, 0, 1).reshape(batch, num_paths, num_tokens, *out.shape[2:])
