@@ -112,6 +112,11 @@ def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(lines[:3])}"[:400]
 
 
+def is_named(compiled: str, name: str) -> bool:
+    """Return whether a compiled kernel's name is that of a `pallas_call`, perhaps with its transformations around and a number behind."""
+    return re.fullmatch(r"(\w*_)?" + re.sub(r"\W", "_", name) + r"_*([._]\d+)?", compiled) is not None
+
+
 def loop_weights(length: int, loops: Iterable[tuple[int, int]], kernel: Any) -> tuple[list[int], bool]:
     """Return how often each of the lines of a listing runs, and whether that is known.
 

@@ -25,7 +25,7 @@ from pallas_kernels.aot import case as gates
 
 CHIPS = {"h200": gates.Chip(bandwidth=4.3e12, flops=7.9e14, clock=1.755e9, cores=132)}
 """Bandwidth and FLOP/s as measured on an H200."""
-_L2_BANDWIDTH = 6.9e12
+_L2_BANDWIDTH = 8e12
 _MATRIX_RATE = {"bf16": 2048, "f16": 2048, "tf32": 1024, "e4m3": 4096, "e5m2": 4096, "s8": 4096}
 """Multiply-adds of an SM per cycle with wgmma; mma.sync reaches half."""
 _BARRIER, _WAIT, _START = 30, 64, 2000
@@ -154,7 +154,11 @@ def compile_case(case: gates.CompileCase, target: str, folder: str) -> dict[str,
     with compat.compiling_for(target), jax.sharding.use_abstract_mesh(_abstract_mesh()):
         traced = program.trace(*case.arguments)
         compiled = traced.lower(lowering_platforms=("cuda",)).compile(compiler_options={"xla_allow_excess_precision": False})
-    text = {name: open(os.path.join(folder, name), encoding="utf-8").read() for name in os.listdir(folder) if name.endswith((".ptx", "thunk_sequence.txt"))}
+    text = {
+        name: open(os.path.join(folder, name), encoding="utf-8").read()
+        for name in os.listdir(folder)
+        if name.endswith((".ptx", "thunk_sequence.txt"))
+    }
     parts = {}
     reports: dict[str, dict[str, int]] = {}
     for name, ptx in text.items():
@@ -166,8 +170,8 @@ def compile_case(case: gates.CompileCase, target: str, folder: str) -> dict[str,
     for equation in compat.equations(traced.jaxpr):
         if equation.primitive.name != "pallas_call":
             continue
-        name = re.sub(r"\W", "_", equation.params["name"])
-        launch = next((launch for launch in launches if re.sub(r"_\d+$", "", launch[0]) == re.sub(r"_\d+$", "", name)), None)
+        name = equation.params["name"]
+        launch = next((launch for launch in launches if gates.is_named(launch[0], name)), None)
         if launch is None:
             continue  # an equal kernel was listed, or nothing uses it
         launches.remove(launch)
