@@ -53,7 +53,7 @@ class Worker:
         """Return the row of the case with this index."""
         if self.process is None:
             self.folder = tempfile.TemporaryDirectory(prefix="aot-")
-            self.log = tempfile.TemporaryFile("w+")
+            self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115
             dumps = os.path.join(self.folder.name, "")
             pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self.log, "text": True}
             self.process = subprocess.Popen(self.command(dumps), env=self.environment(dumps), **pipes)

@@ -105,7 +105,9 @@ def compile_case(case: gates.CompileCase, target: str, folder: str) -> dict[str,
         compiled = traced.lower().compile(compiler_options={"xla_allow_excess_precision": False})
     bundles, units = (_listing(folder, name) for name in ("packed-bundles-post-ra.txt", "pre-delay_hlo-static-per-bundle-utilization.txt"))
     vmem = dict(
-        re.findall(r'%([\w.\-]+) = [^\n]*"tpu_custom_call"[^\n]*"used_scoped_memory_configs":\[\{[^}]*"size":"(\d+)"', compiled.as_text())
+        re.findall(
+            r'%([\w.\-]+) = [^\n]*"tpu_custom_call"[^\n]*"used_scoped_memory_configs":\[\{[^}]*"size":"(\d+)"', compiled.as_text() or ""
+        )
     )
     kernels = []
     for equation in compat.equations(traced.jaxpr):

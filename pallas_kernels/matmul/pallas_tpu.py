@@ -43,8 +43,7 @@ def _kernel(a_ref, b_ref, out_ref, *scratch, axes, num_parts):
 
 
 def _blocks(terms: int, columns: int, itemsize: int, tile: tiles.MatmulTpu) -> tuple[int, int]:
-    """Return columns and terms of a block of w: all terms if all columns of a tile or half of them
-    then fit twice, else parts of the sum."""
+    """Return columns and terms of a block of w: all terms if two blocks of a tile's columns or half of them then fit, else parts."""
     for width in (tile.columns, tile.columns // 2):
         if min(width, columns) * terms * itemsize * 2 <= tile.resident:
             return min(width, columns), terms
