@@ -10,13 +10,13 @@ The estimate of a kernel is the largest of five bounds, counted over the PTX wit
 import functools
 import math
 import os
+import pathlib
 import re
 import subprocess
 import sys
 from typing import Any
 
 import jax
-import numpy as np
 from jax.experimental import topologies
 from jax.sharding import AbstractMesh, AxisType, SingleDeviceSharding
 
@@ -96,7 +96,7 @@ def resources(ptx: str, folder: str) -> dict[str, dict[str, int]]:
 
 
 def count(ptx: str, kernel: Any) -> dict[str, Any]:
-    """Return what one warp of a kernel executes: instructions, matrix instructions by name, barriers, waits, and the bytes a thread moves."""
+    """Return what a warp of a kernel executes: instructions, matrix instructions by name, barriers, waits, and the bytes a thread moves."""
     lines = [line.strip() for line in ptx.splitlines()]
     labels = {line[:-1]: at for at, line in enumerate(lines) if re.fullmatch(r"\$\w+:", line)}
     branches = [(labels[to], at) for at, line in enumerate(lines) for to in re.findall(r"\bbra(?:\.uni)?\s+(\$\w+);", line)]
@@ -154,7 +154,8 @@ def compile_case(case: gates.CompileCase, target: str, folder: str) -> dict[str,
     with compat.compiling_for(target), jax.sharding.use_abstract_mesh(_abstract_mesh()):
         traced = program.trace(*case.arguments)
         compiled = traced.lower(lowering_platforms=("cuda",)).compile(compiler_options={"xla_allow_excess_precision": False})
-    text = {name: open(os.path.join(folder, name), encoding="utf-8").read() for name in os.listdir(folder) if name.endswith((".ptx", "thunk_sequence.txt"))}
+    dumps = [path for path in pathlib.Path(folder).iterdir() if path.name.endswith((".ptx", "thunk_sequence.txt"))]
+    text = {path.name: path.read_text(encoding="utf-8") for path in dumps}
     parts = {}
     reports: dict[str, dict[str, int]] = {}
     for name, ptx in text.items():
@@ -173,8 +174,8 @@ def compile_case(case: gates.CompileCase, target: str, folder: str) -> dict[str,
         launches.remove(launch)
         grid, threads, shared = tuple(map(int, launch[1:4])), int(launch[4]), int(launch[5])
         counted, report = count(parts[launch[0]], equation.params["jaxpr"]), reports[launch[0]]
-        cost, arrays = equation.params["cost_estimate"], equation.invars + equation.outvars
-        moved = cost.bytes_accessed if cost else sum(x.aval.size * x.aval.dtype.itemsize for x in arrays)
+        cost, arrays = equation.params["cost_estimate"], [x.aval for x in (*equation.invars, *equation.outvars)]
+        moved = cost.bytes_accessed if cost else sum(x.size * x.dtype.itemsize for x in arrays)  # pyright: ignore[reportAttributeAccessIssue]
         times = bounds(counted, math.prod(grid), threads, report["registers"], shared, moved)
         record = {"kernel": name, "grid": grid, "threads": threads, "memory": shared, "moved": moved}
         record |= {key: counted[key] for key in ("known", "issued", "instructions")} | report

@@ -78,14 +78,69 @@ COMPILE_SIZES = {
 """Training and prefill of the released models, and the shape that others have published times of."""
 
 
+TARGETS = {"pallas_tpu": ("v5e", "v5p", "v6e"), "pallas_gpu": ("h200",)}
+
+
 def compile_cases() -> Iterator[CompileCase]:
     """Yield what the compile gates compile."""
-    for implementation, targets in {"pallas_tpu": ("v5e", "v5p", "v6e"), "pallas_gpu": ("h200",)}.items():
+    for implementation, targets in TARGETS.items():
         for name, case in COMPILE_SIZES.items():
             if case.C > 64 and implementation == "pallas_gpu":
                 continue
             for kernel in ("forward", "backward"):
                 yield _compile(kernel, name, case, implementation, targets)
+        for heads in (16, 32):
+            for slots in (1, 64, 256):
+                yield _compile_decode(slots, heads, implementation, targets)
+        yield _compile_verify(implementation, targets)
+
+
+def _slots(slots: int, heads: int, chunk: int = 64, size: int = 128) -> tuple[jax.ShapeDtypeStruct, ...]:
+    """A slot table: states, buffers, decay, rows taken."""
+    buffer = jax.ShapeDtypeStruct((slots, heads, chunk, size), jnp.bfloat16)
+    state = jax.ShapeDtypeStruct((slots, heads, size, size), jnp.float32)
+    return state, buffer, buffer, jax.ShapeDtypeStruct((heads,), jnp.float32), jax.ShapeDtypeStruct((slots,), jnp.int32)
+
+
+def _compile_decode(slots: int, heads: int, implementation: str, targets: tuple[str, ...]) -> CompileCase:
+    """A step that reads the bf16 copies of the states; a full chunk, once in 64 steps, is not in its bytes."""
+    from pallas_kernels.lightning_attention.api import lightning_attention_step
+
+    token, (state, *table) = jax.ShapeDtypeStruct((slots, heads, 128), jnp.bfloat16), _slots(slots, heads)
+
+    def program(q, k, v, state, key_buffer, value_buffer, log_decay, index, copy):
+        step = functools.partial(lightning_attention_step, implementation=implementation)
+        return step(q, k, v, state, key_buffer, value_buffer, log_decay, index, state_copy=copy)
+
+    per_slot = 2 * (2 * 64 * 128 + 128 * 128 + 6 * 128)
+    return CompileCase(
+        kernel="lightning_attention.decode",
+        shape=f"{slots} slots, {heads} heads",
+        targets=targets,
+        program=program,
+        arguments=(token, token, token, state, *table, jax.ShapeDtypeStruct(state.shape, jnp.bfloat16)),
+        bytes=slots * heads * per_slot,
+        flops=slots * heads * 64 * 2 * (2 * 64 * 128 + 128 * 128),
+        donate=(3, 4, 5, 8),
+        quick=slots == 64 and heads == 16,
+    )
+
+
+def _compile_verify(implementation: str, targets: tuple[str, ...]) -> CompileCase:
+    """Eight draft tokens on four paths of at most four."""
+    from pallas_kernels.lightning_attention.api import lightning_attention_verify
+
+    nodes, table = jax.ShapeDtypeStruct((64, 8, 16, 128), jnp.bfloat16), _slots(64, 16)
+    return CompileCase(
+        kernel="lightning_attention.verify",
+        shape="64 slots, 16 heads, 8 tokens",
+        targets=targets,
+        program=functools.partial(lightning_attention_verify, implementation=implementation),
+        arguments=(nodes, nodes, nodes, *table, jax.ShapeDtypeStruct((4, 4), jnp.int32)),
+        bytes=64 * 16 * (4 * 128 * 128 + 2 * (2 * 64 * 128 + 4 * 8 * 128)),
+        flops=64 * 16 * 4 * 64 * 2 * (2 * 64 * 128 + 128 * 128),
+        quick=True,
+    )
 
 
 def _compile(kernel: str, name: str, case: Case, implementation: str, targets: tuple[str, ...]) -> CompileCase:
