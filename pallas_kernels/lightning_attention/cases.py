@@ -93,6 +93,7 @@ def compile_cases() -> Iterator[CompileCase]:
             for slots in (1, 64, 256):
                 yield _compile_decode(slots, heads, implementation, targets)
         yield _compile_verify(implementation, targets)
+        yield _compile_fold(implementation, targets)
 
 
 def _slots(slots: int, heads: int, chunk: int = 64, size: int = 128) -> tuple[jax.ShapeDtypeStruct, ...]:
@@ -103,13 +104,13 @@ def _slots(slots: int, heads: int, chunk: int = 64, size: int = 128) -> tuple[ja
 
 
 def _compile_decode(slots: int, heads: int, implementation: str, targets: tuple[str, ...]) -> CompileCase:
-    """A step that reads the bf16 copies of the states; a full chunk, once in 64 steps, is not in its bytes."""
+    """A step that reads the bf16 copies of the states and folds nothing, as 63 of 64 do."""
     from pallas_kernels.lightning_attention.api import lightning_attention_step
 
     token, (state, *table) = jax.ShapeDtypeStruct((slots, heads, 128), jnp.bfloat16), _slots(slots, heads)
 
     def program(q, k, v, state, key_buffer, value_buffer, log_decay, index, copy):
-        step = functools.partial(lightning_attention_step, implementation=implementation)
+        step = functools.partial(lightning_attention_step, may_fold=False, implementation=implementation)
         return step(q, k, v, state, key_buffer, value_buffer, log_decay, index, state_copy=copy)
 
     per_slot = 2 * (2 * 64 * 128 + 128 * 128 + 6 * 128)
@@ -123,6 +124,24 @@ def _compile_decode(slots: int, heads: int, implementation: str, targets: tuple[
         flops=slots * heads * 64 * 2 * (2 * 64 * 128 + 128 * 128),
         donate=(3, 4, 5, 8),
         quick=slots == 64 and heads == 16,
+    )
+
+
+def _compile_fold(implementation: str, targets: tuple[str, ...]) -> CompileCase:
+    """A step in which every chunk may become full."""
+    from pallas_kernels.lightning_attention.api import lightning_attention_step
+
+    token, table = jax.ShapeDtypeStruct((64, 16, 128), jnp.bfloat16), _slots(64, 16)
+    return CompileCase(
+        kernel="lightning_attention.fold",
+        shape="64 slots, 16 heads",
+        targets=targets,
+        program=functools.partial(lightning_attention_step, implementation=implementation),
+        arguments=(token, token, token, *table),
+        bytes=64 * 16 * (3 * 4 * 128 * 128 + 2 * 2 * 2 * 64 * 128),
+        flops=64 * 16 * 64 * 2 * (2 * 64 * 128 + 2 * 128 * 128),
+        donate=(3, 4, 5),
+        quick=True,
     )
 
 

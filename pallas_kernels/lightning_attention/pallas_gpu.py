@@ -179,14 +179,15 @@ def _backward(q, k, v, d_out, weights, state, d_state, reset, last):
 lightning_attention = functools.partial(pallas.lightning_attention, _forward, _backward)
 
 
-def _rows_kernel(*refs, sizes, write, fold, copied):
-    """A block of V of the rows of tokens that follow the buffers; the first may be written into them, a full chunk folded into the state."""
-    chunk_size, num_tokens = sizes
-    (index_ref, q_ref, k_ref, v_ref, key_in, value_in, mask_ref, query_ref, key_ref, whole_ref, state_ref), refs = refs[:11], refs[11:]
-    (copy_ref,), refs = (refs[:1], refs[1:]) if copied else ((state_ref,), refs)
-    o_ref, outs = refs[0], refs[1:]
+def _rows_kernel(
+    index_ref, q_ref, k_ref, v_ref, state_ref, key_in, value_in, mask_ref, query_ref, key_ref, whole_ref, *refs, chunk_size, num_tokens, behind
+):
+    """A block of V of the rows of tokens that follow the buffers, one after another; the first may be written into them.
+
+    With `behind` it is the tokens that lie in the chunk after the open one: refs then begin with the outputs of the others.
+    """
+    o_ref, *writes = refs[behind:]
     index, row = index_ref[0], jnp.arange(chunk_size)
-    weights = Weights(mask_ref[...], query_ref[...], key_ref[...], whole_ref[...])
 
     def tokens(ref, first):
         """The tokens in their rows of a tile, zeros elsewhere. Masked in the load: a tile then lies where one of training lies."""
@@ -200,84 +201,115 @@ def _rows_kernel(*refs, sizes, write, fold, copied):
         return jnp.where(before, triton.load(buffer_ref.at[:, :], mask=before, other=0), tokens(ref, index))
 
     def outputs(first, keys, values, state):
-        out = tile.rows(tokens(q_ref, first), keys, values, state, weights.mask, weights.query, _dot)
+        out = tile.rows(tokens(q_ref, first), keys, values, state, mask_ref[...], query_ref[...], _dot)
         for i in range(num_tokens):
             one = jnp.where((row == first + i)[:, None], out, 0.0).sum(0).astype(o_ref.dtype)
             here = (first + i >= 0) & (first + i < chunk_size)
             triton.store(o_ref.at[jnp.int32(i), :], one, mask=jnp.broadcast_to(here, one.shape))
 
-    keys, values = on_tile(k_ref, key_in), on_tile(v_ref, value_in)
-    outputs(index, keys, values, copy_ref[...])
-    if num_tokens > 1:
+    if behind:
 
         @pl.when(index + num_tokens > chunk_size)
         def _next_chunk():
-            first = index - chunk_size
-            after = tile.fold(state_ref[...], keys, values, weights.key, weights.whole, _dot)
-            outputs(first, tokens(k_ref, first), tokens(v_ref, first), after)
+            after = tile.fold(state_ref[...], on_tile(k_ref, key_in), on_tile(v_ref, value_in), key_ref[...], whole_ref[...], _dot)
+            outputs(index - chunk_size, tokens(k_ref, index - chunk_size), tokens(v_ref, index - chunk_size), after)
 
-    if write:
-        at = jnp.minimum(index, chunk_size - 1)
-        for out_ref, ref in zip(outs, (k_ref, v_ref), strict=False):  # every block of V writes the same row of k
-            triton.store(out_ref.at[at, :], ref[0, :], mask=jnp.broadcast_to(index < chunk_size, ref.shape[1:]))
-    if fold:
-
-        @pl.when(index == chunk_size - 1)
-        def _fold():
-            after = tile.fold(state_ref[...], keys, values, weights.key, weights.whole, _dot)
-            for out_ref in outs[2:]:
-                out_ref[...] = after.astype(out_ref.dtype)
+        return
+    outputs(index, on_tile(k_ref, key_in), on_tile(v_ref, value_in), state_ref[...])
+    at = jnp.minimum(index, chunk_size - 1)
+    for out_ref, ref in zip(writes, (k_ref, v_ref), strict=False):  # every block of V writes the same row of k
+        triton.store(out_ref.at[at, :], ref[0, :], mask=jnp.broadcast_to(index < chunk_size, ref.shape[1:]))
 
 
-def _rows(name, q, k, v, state, state_copy, key_buffer, value_buffer, log_decay, index, write: bool, fold: bool):
-    """The outputs [B, P, D, H, V] of tokens [B, P, D, H, size] after the buffers, then what changed: buffers, state, copy."""
+def _slot_specs(heads: int, num_paths: int):
+    """Block specs of (batch and path and head, block of V): of a slot's part (rows, size, whether split), and of a head's weights."""
+    at = lambda f: _at_program(heads, lambda bp, h, n: f(lax.div(bp, jnp.int32(num_paths)), lax.rem(bp, jnp.int32(num_paths)), h, n))
+    slot = lambda rows, size, split: pl.BlockSpec((None, None, rows, size), at(lambda b, p, h, n: (b, h, 0, n if split else 0)))
+    constant = lambda x: pl.BlockSpec((None, *x.shape[1:]), at(lambda b, p, h, n: (h, 0, 0)))
+    return at, slot, constant
+
+
+def _rows(name: str, q, k, v, state, key_buffer, value_buffer, log_decay, index, write: bool = False, before=None):
+    """The outputs [B, P, D, H, V] of tokens [B, P, D, H, size] after the buffers, and with `write` the buffers with the first token.
+
+    before: the outputs, when those of the next chunk are added to them.
+    """
     batch, num_paths, num_tokens, heads, key_size = q.shape
     chunk_size, value_size = value_buffer.shape[2:]
     choice = tiles.of(tiles.LIGHTNING_GPU_DECODE)
     block = min(choice.block, value_size)
     weights = tile.weights(tile.decay_powers(log_decay, chunk_size), key_size)
-    at = lambda f: _at_program(heads, lambda bp, h, n: f(lax.div(bp, jnp.int32(num_paths)), lax.rem(bp, jnp.int32(num_paths)), h, n))
+    at, slot, constant = _slot_specs(heads, num_paths)
     tokens = lambda size, split: pl.BlockSpec(
-        (None, None, num_tokens, None, size), at((lambda b, p, h, n: (b, p, 0, h, n)) if split else (lambda b, p, h, n: (b, p, 0, h, 0)))
+        (None, None, num_tokens, None, size), at(lambda b, p, h, n: (b, p, 0, h, n if split else 0))
     )
-    slot = lambda rows, size, split: pl.BlockSpec(
-        (None, None, rows, size), at((lambda b, p, h, n: (b, h, 0, n)) if split else (lambda b, p, h, n: (b, h, 0, 0)))
-    )
-    key_spec, value_spec, state_spec = slot(chunk_size, key_size, False), slot(chunk_size, block, True), slot(key_size, block, True)
-    constant = lambda x: pl.BlockSpec((None, *x.shape[1:]), at(lambda b, p, h, n: (h, 0, 0)))
-    copies = [] if state_copy is None else [state_copy]
-    changed = [*([key_buffer, value_buffer] if write else []), *([state, *copies] if fold else [])]
-    specs = [*([key_spec, value_spec] if write else []), *([state_spec] * (1 + len(copies)) if fold else [])]
-    inputs = [index, q, k, v, key_buffer, value_buffer, *weights, state, *copies]
-    aliases = {next(i for i, x in enumerate(inputs) if x is y): n + 1 for n, y in enumerate(changed)}
+    buffer_specs = [slot(chunk_size, key_size, False), slot(chunk_size, block, True)]
     out = jax.ShapeDtypeStruct((batch, num_paths, num_tokens, heads, value_size), q.dtype)
-    read = (q, k, v, key_buffer, value_buffer, *(copies or [state]))
+    buffers = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (key_buffer, value_buffer)] if write else []
     rows = batch * num_paths * heads * chunk_size
+    others = [] if before is None else [before]
     return pl.pallas_call(
-        functools.partial(_rows_kernel, sizes=(chunk_size, num_tokens), write=write, fold=fold, copied=bool(copies)),
+        functools.partial(_rows_kernel, chunk_size=chunk_size, num_tokens=num_tokens, behind=len(others)),
         name=name,
         grid=(batch * num_paths * heads, value_size // block),
         in_specs=[
             pl.BlockSpec((1,), at(lambda b, p, h, n: (b,))),
-            tokens(key_size, False),
-            tokens(key_size, False),
-            tokens(block, True),
-            key_spec,
-            value_spec,
+            *(tokens(key_size, False), tokens(key_size, False), tokens(block, True)),
+            slot(key_size, block, True),
+            *buffer_specs,
             *map(constant, weights),
-            *([state_spec] * (1 + len(copies))),
+            *(tokens(block, True) for _ in others),
         ],
-        out_specs=[tokens(block, True), *specs],
-        out_shape=[out, *(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in changed)],
-        input_output_aliases=aliases,
+        out_specs=[tokens(block, True), *(buffer_specs if write else [])],
+        out_shape=[out, *buffers],
+        input_output_aliases={5: 1, 6: 2} if write else {11: 0} if others else {},
         compiler_params=triton.CompilerParams(num_warps=choice.warps, num_stages=choice.stages),
         cost_estimate=pl.CostEstimate(
             flops=rows * 2 * (chunk_size * (key_size + value_size) + key_size * value_size),
-            bytes_accessed=sum(x.size * x.dtype.itemsize for x in read),
+            bytes_accessed=sum(x.size * x.dtype.itemsize for x in (q, k, v, state, key_buffer, value_buffer)),
             transcendentals=0,
         ),
         interpret=interpreted("gpu"),
-    )(*inputs)
+    )(index, q, k, v, state, key_buffer, value_buffer, *weights, *others)
+
+
+def _fold_kernel(index_ref, key_in, value_in, key_ref, whole_ref, state_ref, *refs, chunk_size):
+    """A block of V of the state of a slot whose chunk is full; others are left alone. refs: the copy, which is not read, and the outputs."""
+
+    @pl.when(index_ref[0] == chunk_size - 1)
+    def _full():
+        after = tile.fold(state_ref[...], key_in[...], value_in[...], key_ref[...], whole_ref[...], _dot)
+        for ref in refs[len(refs) // 2 :]:
+            ref[...] = after.astype(ref.dtype)
+
+
+def _fold(state, key_buffer, value_buffer, log_decay, index, state_copy):
+    """The states, and their copies, with full buffers folded in: in place."""
+    batch, heads, key_size, value_size = state.shape
+    chunk_size, choice = key_buffer.shape[2], tiles.of(tiles.LIGHTNING_GPU_DECODE)
+    block = min(choice.block, value_size)
+    _, _, key, whole = tile.weights(tile.decay_powers(log_decay, chunk_size), key_size)
+    at, slot, constant = _slot_specs(heads, 1)
+    states = [state] if state_copy is None else [state, state_copy]
+    state_specs = [slot(key_size, block, True)] * len(states)
+    result = pl.pallas_call(
+        functools.partial(_fold_kernel, chunk_size=chunk_size),
+        name="lightning_fold",
+        grid=(batch * heads, value_size // block),
+        in_specs=[
+            pl.BlockSpec((1,), at(lambda b, p, h, n: (b,))),
+            *(slot(chunk_size, key_size, False), slot(chunk_size, block, True)),
+            *map(constant, (key, whole)),
+            *state_specs,
+        ],
+        out_specs=state_specs,
+        out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in states],
+        input_output_aliases={5 + i: i for i in range(len(states))},
+        compiler_params=triton.CompilerParams(num_warps=choice.warps, num_stages=choice.stages),
+        cost_estimate=pl.CostEstimate(flops=0, bytes_accessed=0, transcendentals=0),  # most steps fold nothing
+        interpret=interpreted("gpu"),
+    )(index, key_buffer, value_buffer, key, whole, *states)
+    return (*result, None)[:2]
 
 
 def lightning_attention_step(q, k, v, state, key_buffer, value_buffer, log_decay, index, *, state_copy, may_fold, aligned):
@@ -285,15 +317,19 @@ def lightning_attention_step(q, k, v, state, key_buffer, value_buffer, log_decay
     del aligned
     _check(q[:, None], v[:, None], key_buffer.shape[2])
     one = lambda x: x[:, None, None]
-    result = _rows(
-        "lightning_decode", one(q), one(k), one(v), state, state_copy, key_buffer, value_buffer, log_decay, index, True, may_fold
+    read = state if state_copy is None else state_copy
+    out, key_buffer, value_buffer = _rows(
+        "lightning_decode", one(q), one(k), one(v), read, key_buffer, value_buffer, log_decay, index, write=True
     )
-    state, state_copy = (*result[3:], None)[:2] if may_fold else (state, state_copy)
-    return result[0][:, 0, 0], state, *result[1:3], state_copy
+    if may_fold:
+        state, state_copy = _fold(state, key_buffer, value_buffer, log_decay, index, state_copy)
+    return out[:, 0, 0], state, key_buffer, value_buffer, state_copy
 
 
 def lightning_attention_verify(q, k, v, state, key_buffer, value_buffer, log_decay, index, *, aligned):
     """See `api.lightning_attention_verify`, which lays the tokens out as paths [B, P, D, H, size]."""
     del aligned
     _check(q[:, 0], v[:, 0], key_buffer.shape[2])
-    return _rows("lightning_verify", q, k, v, state, None, key_buffer, value_buffer, log_decay, index, False, False)[0]
+    slots = (state, key_buffer, value_buffer, log_decay, index)
+    (out,) = _rows("lightning_verify", q, k, v, *slots)
+    return out if q.shape[2] == 1 else _rows("lightning_verify_next", q, k, v, *slots, before=out)[0]

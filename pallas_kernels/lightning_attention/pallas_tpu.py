@@ -191,7 +191,7 @@ def _on_tile(tokens: jax.Array, buffer: jax.Array | None, first: jax.Array, chun
 def _rows_kernel(index_ref, q_ref, k_ref, v_ref, state_ref, key_in, value_in, mask_ref, query_ref, key_ref, whole_ref, o_ref, *writes, sizes):
     """Rows of tokens that follow the buffers, one after another; the first may be written into them."""
     chunk_size, num_tokens, key_size, value_size = sizes
-    index, every = index_ref[pl.program_id(0)], slice(None)
+    index, every = index_ref[pl.program_id(1)], slice(None)
     q, k, v = _heads(q_ref, every, key_size), _heads(k_ref, every, key_size), _heads(v_ref, every, value_size)
     state, weights = state_ref[0], (mask_ref[...], query_ref[...])
     keys, values = _on_tile(k, key_in[0], index, chunk_size), _on_tile(v, value_in[0], index, chunk_size)
@@ -226,11 +226,11 @@ def _rows(name: str, q, k, v, state, key_buffer, value_buffer, log_decay, index,
     choice = tiles.of(tiles.LIGHTNING_TPU)
     group = _largest_divisor(heads, choice.decode_heads)
     constants = _spread(tile.weights(tile.decay_powers(log_decay, chunk_size), key_size), key_size, value_size)
-    tokens = lambda size: pl.BlockSpec((1, 1, num_tokens, group * size), lambda b, h, p, index: (b, p, 0, h))
-    slot = lambda *shape: pl.BlockSpec((1, group, *shape), lambda b, h, p, index: (b, h, 0, 0))
-    constant = lambda x: pl.BlockSpec((group, *x.shape[1:]), lambda b, h, p, index: (h, 0, 0))
+    tokens = lambda size: pl.BlockSpec((1, 1, num_tokens, group * size), lambda h, b, p, index: (b, p, 0, h))
+    slot = lambda *shape: pl.BlockSpec((1, group, *shape), lambda h, b, p, index: (b, h, 0, 0))
+    constant = lambda x: pl.BlockSpec((group, *x.shape[1:]), lambda h, b, p, index: (h, 0, 0))
     written = lambda size: pl.BlockSpec(
-        (1, group, ROW_BLOCK, size), lambda b, h, p, index: (b, h, jnp.minimum(index[b], chunk_size - 1) // ROW_BLOCK, 0)
+        (1, group, ROW_BLOCK, size), lambda h, b, p, index: (b, h, jnp.minimum(index[b], chunk_size - 1) // ROW_BLOCK, 0)
     )
     flat = [x.reshape(*x.shape[:3], -1) for x in (q, k, v)]
     out = jax.ShapeDtypeStruct((batch, num_paths, num_tokens, heads * value_size), q.dtype)
@@ -242,7 +242,7 @@ def _rows(name: str, q, k, v, state, key_buffer, value_buffer, log_decay, index,
         name=name,
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
-            grid=(batch, heads // group, num_paths),
+            grid=(heads // group, batch, num_paths),  # a group's weights are fetched once
             in_specs=[
                 *(tokens(size) for size in (key_size, key_size, value_size)),
                 slot(key_size, value_size),
