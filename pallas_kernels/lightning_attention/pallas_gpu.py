@@ -34,7 +34,9 @@ def _chunks(num_chunks: int, chunk_size: int, state: jax.Array, reverse: bool, c
     return lax.fori_loop(0, num_chunks, turn, state)
 
 
-def _forward_kernel(last_ref, reset_ref, q_ref, k_ref, v_ref, mask_ref, query_ref, key_ref, whole_ref, start_ref, o_ref, state_ref, *, chunk_size):
+def _forward_kernel(
+    last_ref, reset_ref, q_ref, k_ref, v_ref, mask_ref, query_ref, key_ref, whole_ref, start_ref, o_ref, state_ref, *, chunk_size
+):
     weights = Weights(mask_ref[...], query_ref[...], key_ref[...], whole_ref[...])
 
     def chunk(index, at, state):
@@ -180,7 +182,21 @@ lightning_attention = functools.partial(pallas.lightning_attention, _forward, _b
 
 
 def _rows_kernel(
-    index_ref, q_ref, k_ref, v_ref, state_ref, key_in, value_in, mask_ref, query_ref, key_ref, whole_ref, *refs, chunk_size, num_tokens, behind
+    index_ref,
+    q_ref,
+    k_ref,
+    v_ref,
+    state_ref,
+    key_in,
+    value_in,
+    mask_ref,
+    query_ref,
+    key_ref,
+    whole_ref,
+    *refs,
+    chunk_size,
+    num_tokens,
+    behind,
 ):
     """A block of V of the rows of tokens that follow the buffers, one after another; the first may be written into them.
 
@@ -194,7 +210,9 @@ def _rows_kernel(
         shape = (chunk_size, ref.shape[1])
         inside = (row >= first) & (row < first + num_tokens)
         token = jnp.broadcast_to(jnp.clip(row - first, 0, num_tokens - 1)[:, None], shape)
-        return triton.load(ref.at[token, jnp.broadcast_to(jnp.arange(shape[1]), shape)], mask=jnp.broadcast_to(inside[:, None], shape), other=0)
+        return triton.load(
+            ref.at[token, jnp.broadcast_to(jnp.arange(shape[1]), shape)], mask=jnp.broadcast_to(inside[:, None], shape), other=0
+        )
 
     def on_tile(ref, buffer_ref):
         before = jnp.broadcast_to((row < index)[:, None], buffer_ref.shape)
@@ -240,9 +258,7 @@ def _rows(name: str, q, k, v, state, key_buffer, value_buffer, log_decay, index,
     block = min(choice.block, value_size)
     weights = tile.weights(tile.decay_powers(log_decay, chunk_size), key_size)
     at, slot, constant = _slot_specs(heads, num_paths)
-    tokens = lambda size, split: pl.BlockSpec(
-        (None, None, num_tokens, None, size), at(lambda b, p, h, n: (b, p, 0, h, n if split else 0))
-    )
+    tokens = lambda size, split: pl.BlockSpec((None, None, num_tokens, None, size), at(lambda b, p, h, n: (b, p, 0, h, n if split else 0)))
     buffer_specs = [slot(chunk_size, key_size, False), slot(chunk_size, block, True)]
     out = jax.ShapeDtypeStruct((batch, num_paths, num_tokens, heads, value_size), q.dtype)
     buffers = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (key_buffer, value_buffer)] if write else []
@@ -274,7 +290,7 @@ def _rows(name: str, q, k, v, state, key_buffer, value_buffer, log_decay, index,
 
 
 def _fold_kernel(index_ref, key_in, value_in, key_ref, whole_ref, state_ref, *refs, chunk_size):
-    """A block of V of the state of a slot whose chunk is full; others are left alone. refs: the copy, which is not read, and the outputs."""
+    """A block of V of the state of a slot whose chunk is full; others are left alone. refs: the copy, which is not read, then outputs."""
 
     @pl.when(index_ref[0] == chunk_size - 1)
     def _full():

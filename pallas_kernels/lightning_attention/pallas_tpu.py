@@ -46,7 +46,9 @@ def _steps(state_ref, start, num_chunks: int, reverse: bool, chunk):
         state_ref[0] = chunk(first + i, i, state_ref[0])
 
 
-def _forward_kernel(last_ref, reset_ref, q_ref, k_ref, v_ref, mask_ref, query_ref, key_ref, whole_ref, start_ref, o_ref, state_ref, *, sizes):
+def _forward_kernel(
+    last_ref, reset_ref, q_ref, k_ref, v_ref, mask_ref, query_ref, key_ref, whole_ref, start_ref, o_ref, state_ref, *, sizes
+):
     chunk_size, num_chunks, key_size, value_size = sizes
     row = pl.program_id(0)
 
@@ -61,8 +63,10 @@ def _forward_kernel(last_ref, reset_ref, q_ref, k_ref, v_ref, mask_ref, query_re
     _steps(state_ref, start_ref, num_chunks, False, chunk)
 
 
-def _query_kernel(last_ref, reset_ref, k_ref, v_ref, d_out_ref, mask_ref, query_ref, key_ref, whole_ref, start_ref, dq_ref, state_ref, *, sizes):
-    """dQ, forward in time."""
+def _query_kernel(
+    last_ref, reset_ref, k_ref, v_ref, d_out_ref, mask_ref, query_ref, key_ref, whole_ref, start_ref, dq_ref, state_ref, *, sizes
+):
+    """The gradient of q, forward in time."""
     del last_ref
     chunk_size, num_chunks, key_size, value_size = sizes
     row = pl.program_id(0)
@@ -78,9 +82,24 @@ def _query_kernel(last_ref, reset_ref, k_ref, v_ref, d_out_ref, mask_ref, query_
 
 
 def _key_value_kernel(
-    last_ref, reset_ref, q_ref, k_ref, v_ref, d_out_ref, mask_ref, query_ref, key_ref, whole_ref, end_ref, dk_ref, dv_ref, d_state_ref, *, sizes
+    last_ref,
+    reset_ref,
+    q_ref,
+    k_ref,
+    v_ref,
+    d_out_ref,
+    mask_ref,
+    query_ref,
+    key_ref,
+    whole_ref,
+    end_ref,
+    dk_ref,
+    dv_ref,
+    d_state_ref,
+    *,
+    sizes,
 ):
-    """dK and dV, backward in time; mask_ref holds M^T."""
+    """The gradients of k and v, backward in time; mask_ref holds M^T."""
     chunk_size, num_chunks, key_size, value_size = sizes
     row = pl.program_id(0)
 
@@ -188,7 +207,9 @@ def _on_tile(tokens: jax.Array, buffer: jax.Array | None, first: jax.Array, chun
     return tile.astype(tokens.dtype)
 
 
-def _rows_kernel(index_ref, q_ref, k_ref, v_ref, state_ref, key_in, value_in, mask_ref, query_ref, key_ref, whole_ref, o_ref, *writes, sizes):
+def _rows_kernel(
+    index_ref, q_ref, k_ref, v_ref, state_ref, key_in, value_in, mask_ref, query_ref, key_ref, whole_ref, o_ref, *writes, sizes
+):
     """Rows of tokens that follow the buffers, one after another; the first may be written into them."""
     chunk_size, num_tokens, key_size, value_size = sizes
     index, every = index_ref[pl.program_id(1)], slice(None)

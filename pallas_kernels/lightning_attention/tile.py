@@ -10,8 +10,8 @@ and with dO, and dS the gradient of S_next (P = Q K^T * M, dP = dO V^T * M):
     dQ = dP K + diag(a_q) dO S^T        dV = P^T dO + diag(a_k) K dS
     dK = dP^T Q + diag(a_k) V dS^T      dS_prev = exp(g C) dS + Q^T diag(a_q) dO
 
-The exponent is masked and never split, so a strong decay cannot overflow. `fold` is the only sequential part, and `rows` gives the output of
-any rows of the chunk: training, prefill and decode call these two, in plain JAX and in the kernels. A product that is added to something
+The exponent is masked and never split, so a strong decay cannot overflow. `fold` is the only sequential part, and `rows` gives the output
+of any rows of the chunk: training, prefill and decode call these two, in plain JAX and in the kernels. A product that is added to something
 starts from it (`acc`): on a GPU that is the matrix unit's accumulator, and the sum needs no registers of its own. Arrays may have any equal
 axes in front ([..., C, K]); each statement does all of them before the next one, which keeps a TPU's matrix units busy over several heads.
 """

@@ -10,19 +10,34 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pallas_kernels import GRID
-from pallas_kernels.lightning_attention import fold_full_chunks, lightning_attention, lightning_attention_step, reference
+from pallas_kernels.lightning_attention import lightning_attention, lightning_attention_step, lightning_attention_verify, reference
 from pallas_kernels.lightning_attention.cases import TEST_CASES, Case, inputs
 from tests.pallas_kernels.programs import DTYPES, in_float64, jit, random_like, with_gradients
 from tests.pallas_kernels.tolerances import assert_close, assert_same_bits
 
-step = jit(functools.partial(lightning_attention_step, aligned=True))
-fold = jit(fold_full_chunks)
+MODES = {
+    "fast": {"aligned": False, "implementation": "xla"},
+    "aligned": {"aligned": True, "implementation": "xla"},
+    "pallas_tpu": {"implementation": "pallas_tpu"},
+    "pallas_gpu": {"implementation": "pallas_gpu"},
+}
+"""How the op is computed; kernels are interpreted here: what they do not write, or read from outside of an array, is NaN there."""
+EXACT = [mode for mode in MODES if mode != "fast"]
+"""Those whose rows have one set of bits."""
+every_mode = pytest.mark.parametrize("mode", MODES)
+every_exact_mode = pytest.mark.parametrize("mode", EXACT)
 
 
 @functools.cache
-def forward(chunk_size):
-    """Return the aligned forward as a program."""
-    return jit(functools.partial(lightning_attention, chunk_size=chunk_size, aligned=True))
+def forward(chunk_size, mode="aligned"):
+    """Return the forward as a program."""
+    return jit(functools.partial(lightning_attention, chunk_size=chunk_size, **MODES[mode]))
+
+
+@functools.cache
+def step(mode="aligned"):
+    """Return the decode step as a program."""
+    return jit(functools.partial(lightning_attention_step, **MODES[mode]), static_argnames="may_fold")
 
 
 def recurrence(q, k, v, log_decay, state, reset, chunk_size):
@@ -57,14 +72,14 @@ def truth(name):
     return run
 
 
-@pytest.mark.parametrize("aligned", [False, True])
+@every_mode
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", TEST_CASES)
-def test_value_and_gradients(name, dtype, aligned):
+def test_value_and_gradients(name, dtype, mode):
     dtype = DTYPES[dtype]
     given = inputs(TEST_CASES[name], dtype)
     differentiable, call = split(given)
-    f = functools.partial(call, functools.partial(lightning_attention, chunk_size=TEST_CASES[name].C, aligned=aligned))
+    f = functools.partial(call, functools.partial(lightning_attention, chunk_size=TEST_CASES[name].C, **MODES[mode]))
     cotangents = random_like(jax.eval_shape(f, *differentiable))
     actual = jit(with_gradients(f))(differentiable, cotangents)
     assert actual[0][0].dtype == dtype
@@ -79,10 +94,10 @@ def test_the_decay_gets_no_gradient():
 
 
 @pytest.mark.parametrize("decay", [-5.0, -100.0, -1e30])
-@pytest.mark.parametrize("aligned", [False, True])
-def test_a_very_strong_decay_leaves_each_token_its_own_value(decay, aligned):
+@every_mode
+def test_a_very_strong_decay_leaves_each_token_its_own_value(decay, mode):
     q, k, v, _, _, _ = inputs(Case(1, 200, 1, 16, 16, C=128), jnp.float32)
-    f = lambda q, k, v: lightning_attention(q, k, v, jnp.full(1, decay), chunk_size=128, aligned=aligned)
+    f = lambda q, k, v: lightning_attention(q, k, v, jnp.full(1, decay), chunk_size=128, **MODES[mode])
     outputs = jax.eval_shape(f, q, k, v)
     (out, state), gradients = jit(with_gradients(f))((q, k, v), random_like(outputs))
     assert all(np.isfinite(x).all() for x in (out, state, *gradients))
@@ -94,13 +109,13 @@ def test_length_stops_the_state_at_the_boundary_it_has_reached():
     given, lengths = inputs(Case(3, 200, 2, 16, 16, state=True), jnp.float32), [200, 63, 130]
     differentiable = (given.q, given.k, given.v, given.state)
 
-    def op(q, k, v, state, aligned=True):
-        return lightning_attention(q, k, v, given.log_decay, state=state, length=jnp.array(lengths), aligned=aligned)
+    def op(q, k, v, state, mode="fast"):
+        return lightning_attention(q, k, v, given.log_decay, state=state, length=jnp.array(lengths), **MODES[mode])
 
     d_out, d_state = random_like(jax.eval_shape(op, *differentiable))
     valid = jnp.arange(200) < jnp.array(lengths)[:, None]  # what stands behind is padding, whose outputs nobody reads
     cotangents = d_out * valid[..., None, None], d_state
-    results = [jit(with_gradients(functools.partial(op, aligned=aligned)))(differentiable, cotangents) for aligned in (False, True)]
+    results = [jit(with_gradients(functools.partial(op, mode=mode)))(differentiable, cotangents) for mode in MODES]
     for row, length in enumerate(lengths):
         one = lambda x, row=row: x[row : row + 1]
 
@@ -129,70 +144,142 @@ def buffers_at(given, start, rows, chunk_size):
     return buffer(given.k), buffer(given.v)
 
 
+@every_exact_mode
 @pytest.mark.parametrize(("dtype", "chunk_size"), [("fp32", 64), ("bf16", 64), ("bf16", 128)])
-def test_decode_rows_have_the_bits_of_training_at_every_position(dtype, chunk_size):
+def test_decode_rows_have_the_bits_of_training_at_every_position(dtype, chunk_size, mode):
     """Every position of the first two chunks, as 2 C slots of one batch; a third chunk is left open in training."""
     length, width = 2 * chunk_size + 9, 2 * chunk_size
-    given = inputs(Case(2, length, 2, 16, 24, C=chunk_size), DTYPES[dtype])
-    out, _ = forward(chunk_size)(*given[:4])
+    given = inputs(Case(2, length, 2, 16, 16, C=chunk_size), DTYPES[dtype])
+    run = functools.partial(step(mode), may_fold=False)
+    out, _ = forward(chunk_size, mode)(*given[:4])
     for row in range(2):
         one = given._replace(**{name: getattr(given, name)[row : row + 1] for name in "qkv"})
-        q, states, keys, values, indices = [], [], [], [], []
+        states, keys, values = [], [], []
         for start in (0, chunk_size):
-            _, state = forward(chunk_size)(*one[:4], length=jnp.array([start]))
-            index = np.arange(chunk_size)
+            _, state = forward(chunk_size, mode)(*one[:4], length=jnp.array([start]))
             every = one._replace(k=jnp.repeat(one.k, chunk_size, 0), v=jnp.repeat(one.v, chunk_size, 0))
-            key, value = buffers_at(every, start, index + 1, chunk_size)
-            q.append(one.q[0, start : start + chunk_size])
-            states.append(jnp.repeat(state, chunk_size, 0))
-            keys, values, indices = [*keys, key], [*values, value], [*indices, index]
-        slots = [np.concatenate(x) for x in (q, states, keys, values)]
-        index = np.concatenate(indices)
-        assert_same_bits(step(*slots, given.log_decay, index), out[row, :width])
-        for slot in (0, 1, chunk_size - 1, chunk_size, width - 1):  # alone, and beside two others
+            key, value = buffers_at(every, start, np.arange(chunk_size), chunk_size)
+            states, keys, values = [*states, jnp.repeat(state, chunk_size, 0)], [*keys, key], [*values, value]
+        slots = [np.asarray(x[0, :width]) for x in one[:3]] + [np.concatenate(x) for x in (states, keys, values)]
+        index = np.tile(np.arange(chunk_size), 2)
+        assert_same_bits(run(*slots, given.log_decay, index).out, out[row, :width])
+        for slot in (0, 1, chunk_size - 1, chunk_size, width - 1) if mode == "aligned" else (1, chunk_size):  # alone, and beside two others
             for chosen in ([slot], [slot, 5, 77]):
-                rows = step(*(x[chosen] for x in slots), given.log_decay, index[chosen])
+                rows = run(*(x[chosen] for x in slots), given.log_decay, index[chosen]).out
                 assert_same_bits(rows, out[row, chosen])
 
 
+@every_exact_mode
 @pytest.mark.parametrize(("dtype", "chunk_size"), [("fp32", 64), ("bf16", 64), ("fp32", 128)])
-def test_folded_buffers_are_the_state_of_the_forward(dtype, chunk_size):
-    length = 3 * chunk_size
-    given = inputs(Case(3, length, 2, 16, 24, C=chunk_size, state=True), DTYPES[dtype])
+def test_full_chunks_are_folded_into_the_states_of_the_forward(dtype, chunk_size, mode):
+    """The last token of a chunk moves the state on; a slot whose chunk stays open, and one without a token, keep theirs."""
+    length = 2 * chunk_size
+    given = inputs(Case(3, length, 2, 16, 16, C=chunk_size, state=True), DTYPES[dtype])
     state = given.state
     for start in range(0, length, chunk_size):
-        before = state
-        keys, values = buffers_at(given, start, [chunk_size] * 3, chunk_size)
-        state = fold(before, keys, values, given.log_decay, jnp.full(3, chunk_size - 1))
-        wanted = forward(chunk_size)(*given[:4], state=given.state, length=jnp.full(3, start + chunk_size))[1]
-        assert_same_bits(state, wanted)
+        last = [x[:, start + chunk_size - 1] for x in given[:3]]
+        keys, values = buffers_at(given, start, [chunk_size - 1] * 3, chunk_size)
+        copy = state.astype(DTYPES[dtype])
+        done = step(mode)(*last, state, keys, values, given.log_decay, jnp.full(3, chunk_size - 1), state_copy=copy)
+        wanted = forward(chunk_size, mode)(*given[:4], state=given.state, length=jnp.full(3, start + chunk_size))[1]
+        assert_same_bits(done.state, wanted)
+        assert_same_bits(done.state_copy, wanted.astype(DTYPES[dtype]))
         index = jnp.array([chunk_size - 2, chunk_size - 1, chunk_size])  # open, full, no token
-        assert_same_bits(fold(before, keys, values, given.log_decay, index), jnp.stack([before[0], state[1], before[2]]))
+        mixed = step(mode)(*last, state, keys, values, given.log_decay, index, state_copy=copy)
+        assert_same_bits(mixed.state, jnp.stack([state[0], done.state[1], state[2]]))
+        assert_same_bits((mixed.key_buffer[2], mixed.value_buffer[2]), (keys[2], values[2]))
+        assert_same_bits(mixed.key_buffer[0, :, chunk_size - 2], last[1][0])
+        assert_same_bits(mixed.key_buffer[0, :, : chunk_size - 2], keys[0, :, : chunk_size - 2])
+        state = done.state
 
 
+@every_exact_mode
+def test_a_step_reads_the_copy_of_the_state(mode):
+    """In fp32 the copy is the state itself; another one shows that it is read."""
+    given = inputs(Case(2, 1, 2, 16, 16, state=True), jnp.float32)
+    token, (keys, values) = [x[:, 0] for x in given[:3]], buffers_at(given, 0, [0, 0], 64)
+    run = lambda state, copy=None: step(mode)(*token, state, keys, values, given.log_decay, jnp.zeros(2, int), state_copy=copy).out
+    assert_same_bits(run(given.state, 2 * given.state), run(2 * given.state))
+
+
+PATHS = ((0, 1, 3, 4), (0, 1, 5, -1), (0, 2, -1, -1), (6, -1, -1, -1))
+
+
+@every_exact_mode
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_bits_do_not_depend_on_batch_length_or_place_in_a_packed_row(dtype):
-    given = inputs(Case(2, 3 * GRID, 2, 16, 24), DTYPES[dtype])
+def test_a_tree_of_drafts_has_the_bits_of_each_path_in_training(dtype, mode):
+    """In the middle of a chunk, over its end, and where the second token begins the next chunk; the slots differ in that."""
+    starts = np.array([17, 61, 63])
+    given = inputs(Case(3, 64 + 7, 2, 16, 16), DTYPES[dtype])
+    nodes = [x[:, 64:] for x in given[:3]]
+    keys, values = buffers_at(given, 0, starts, 64)
+    verify = jit(functools.partial(lightning_attention_verify, **MODES[mode]))
+    out = verify(*nodes, jnp.zeros((3, 2, 16, 16)), keys, values, given.log_decay, starts, jnp.array(PATHS))
+    for path in PATHS:
+        path = [node for node in path if node >= 0]
+        for slot, start in enumerate(starts):
+            sequence = [jnp.zeros_like(x[:1, :80]) if x.shape[1] >= 80 else jnp.zeros((1, 80, *x.shape[2:]), x.dtype) for x in given[:3]]
+            sequence = [
+                x.at[0, :start].set(whole[slot, :start]).at[0, start : start + len(path)].set(whole[slot, 64:][np.array(path)])
+                for x, whole in zip(sequence, given[:3], strict=True)
+            ]
+            wanted = forward(64, mode)(*sequence, given.log_decay)[0][0, start : start + len(path)]
+            assert_same_bits(out[slot, np.array(path)], wanted)
+
+
+@pytest.mark.parametrize("name", ["initial_state", "segments", "chunk_128"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_interpreted_kernels_agree(dtype, name):
+    """With each other and with the fast plain form: the same tile functions on the same tiles (a GPU's program here has 16 columns)."""
+    given = inputs(TEST_CASES[name], DTYPES[dtype])
+    run = lambda mode: forward(TEST_CASES[name].C, mode)(*given[:4], state=given.state, reset=given.reset)
+    assert_same_bits(run("pallas_tpu"), run("pallas_gpu"))
+    assert_same_bits(run("pallas_tpu"), run("fast"))
+
+
+@pytest.mark.parametrize("mode", ["fast", "pallas_tpu", "pallas_gpu"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_64k_positions_lose_nothing(dtype, mode):
+    """With the slowest and the fastest decays of the family, in chunks of 128: against the recurrence over the last positions."""
+    length, tail = 65536, 512
+    rng = np.random.default_rng(0)
+    q, k, v = (jnp.asarray(rng.standard_normal((1, length, 2, 16)), DTYPES[dtype]) for _ in range(3))
+    log_decay = jnp.array([-0.84, -1e-5 * 2.0**-8], jnp.float32)
+    out, _ = forward(128, mode)(q, k, v, log_decay)
+    with jax.enable_x64(True):
+        weights = np.exp(np.asarray(log_decay, np.float64)[:, None] * np.arange(length - tail)[::-1])
+        double = [np.asarray(x).astype(np.float64)[0] for x in (q, k, v)]
+        state = np.einsum("ht,thk,thv->hkv", weights, *(x[: length - tail] for x in double[1:]))[None]
+        last = (jnp.asarray(x[None, length - tail :]) for x in double)
+        truth, _ = reference.lightning_attention(*last, jnp.asarray(log_decay, jnp.float64), jnp.asarray(state))
+    assert_close(out[:, length - tail :], np.asarray(truth), DTYPES[dtype])
+
+
+@every_exact_mode
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_bits_do_not_depend_on_batch_length_or_place_in_a_packed_row(dtype, mode):
+    given = inputs(Case(2, 3 * GRID, 2, 16, 32), DTYPES[dtype])
     first, second = (given._replace(**{name: getattr(given, name)[row : row + 1] for name in "qkv"}) for row in range(2))
-    both, states = forward(64)(*given[:4])
+    both, states = forward(64, mode)(*given[:4])
     for row, one in enumerate((first, second)):
-        out, state = forward(64)(*one[:4])
+        out, state = forward(64, mode)(*one[:4])
         assert_same_bits((out[0], state[0]), (both[row], states[row]))
     short = [x[:, :77] for x in first[:3]]
-    alone = forward(64)(*short, given.log_decay)[0][0]
+    alone = forward(64, mode)(*short, given.log_decay)[0][0]
     assert_same_bits(alone, both[0, :77])
     packed = [x.at[0, GRID : GRID + 77].set(y[0, :77]) for x, y in zip(second[:3], first[:3], strict=True)]
     reset = (jnp.arange(3 * GRID // 64) % (GRID // 64) == 0)[None]
-    assert_same_bits(forward(64)(*packed, given.log_decay, reset=reset)[0][0, GRID : GRID + 77], alone)
+    assert_same_bits(forward(64, mode)(*packed, given.log_decay, reset=reset)[0][0, GRID : GRID + 77], alone)
 
 
+@every_exact_mode
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_prompt_in_pieces_has_the_bits_of_the_whole(dtype):
+def test_a_prompt_in_pieces_has_the_bits_of_the_whole(dtype, mode):
     cut = 64
-    given = inputs(Case(2, 192, 2, 16, 24, state=True), DTYPES[dtype])
-    whole = forward(64)(*given[:4], state=given.state)
-    first, state = forward(64)(*(x[:, :cut] for x in given[:3]), given.log_decay, state=given.state)
-    rest, state = forward(64)(*(x[:, cut:] for x in given[:3]), given.log_decay, state=state)
+    given = inputs(Case(2, 192, 2, 16, 32, state=True), DTYPES[dtype])
+    whole = forward(64, mode)(*given[:4], state=given.state)
+    first, state = forward(64, mode)(*(x[:, :cut] for x in given[:3]), given.log_decay, state=given.state)
+    rest, state = forward(64, mode)(*(x[:, cut:] for x in given[:3]), given.log_decay, state=state)
     assert_same_bits((jnp.concatenate([first, rest], 1), state), whole)
 
 
@@ -219,6 +306,7 @@ def test_a_decode_step_is_the_recurrence_for_any_decay(seed, decay, index):
     given = inputs(Case(1, 128, 2, 16, 16, decay=decay), jnp.float32, seed)
     out, _ = in_float64(decode_truth, *given[:4])
     _, state = forward(64)(*given[:4], length=jnp.array([64]))
-    row = step(given.q[:, 64 + index], state, *buffers_at(given, 64, [index + 1], 64), given.log_decay, jnp.array([index]))
+    token = (x[:, 64 + index] for x in given[:3])
+    row = step()(*token, state, *buffers_at(given, 64, [index], 64), given.log_decay, jnp.array([index]), may_fold=False).out
     assert np.abs(row[0] - out[0, 64 + index]).max() <= 1e-5 * np.abs(out).max()
     assert_same_bits(row[0], forward(64)(*given[:4])[0][0, 64 + index])
