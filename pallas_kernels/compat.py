@@ -1,6 +1,8 @@
 """Differences between the jax versions and platforms the project supports, in one place."""
 
-from collections.abc import Sequence
+import contextlib
+import contextvars
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -9,7 +11,62 @@ from jax import lax
 from jax.extend.core import JaxprEqn, Literal
 from jax.typing import DTypeLike
 
-__all__ = ["Literal", "bind_equation", "dot_cast", "dot_general", "dot_operand", "open_jaxpr", "pin", "scan_counts"]
+try:
+    from jax.sharding import AbstractDevice  # pyright: ignore[reportAttributeAccessIssue]
+except ImportError:  # jax before 0.11
+    from jax._src.mesh import AbstractDevice
+
+__all__ = [
+    "AbstractDevice",
+    "Literal",
+    "bind_equation",
+    "compiling_for",
+    "device_kind",
+    "dot_cast",
+    "dot_general",
+    "dot_operand",
+    "equations",
+    "interpreted",
+    "open_jaxpr",
+    "pin",
+    "platform",
+    "scan_counts",
+]
+
+_target: contextvars.ContextVar[str | None] = contextvars.ContextVar("target", default=None)
+_PLATFORMS = {"v5e": "tpu", "v5p": "tpu", "v6e": "tpu", "h200": "gpu"}
+_KINDS = (("v5 lite", "v5e"), ("v5e", "v5e"), ("v5", "v5p"), ("v6", "v6e"), ("h100", "h200"), ("h200", "h200"))
+"""Parts of a device's own name, the first that fits counts, and what we call its kind."""
+
+
+@contextlib.contextmanager
+def compiling_for(kind: str) -> Iterator[None]:
+    """Trace and compile as on another machine: `kind` is a chip ("v5e", "v5p", "v6e", "h200") or a platform ("cpu", "gpu", "tpu").
+
+    jax does not know of it and caches what it traced: a program that is traced for several targets must be a new function for each.
+    """
+    token = _target.set(kind)
+    try:
+        yield
+    finally:
+        _target.reset(token)
+
+
+def platform() -> str:
+    """Return what the program is being compiled for: "cpu", "gpu" or "tpu"."""
+    kind = _target.get()
+    return jax.default_backend() if kind is None else _PLATFORMS.get(kind, kind)
+
+
+def device_kind() -> str:
+    """Return the kind of chip the program is being compiled for, as `tiles` names it; other chips keep their own name."""
+    kind = _target.get() or jax.devices()[0].device_kind.lower()
+    return next((short for part, short in _KINDS if part in kind), kind)
+
+
+def interpreted(target: str) -> bool:
+    """Return whether a Pallas kernel for `target` ("gpu" or "tpu") has to be interpreted here."""
+    return platform() != target
 
 
 def bind_equation(equation: JaxprEqn, inputs: Sequence[Any]) -> list[Any]:
@@ -23,6 +80,19 @@ def bind_equation(equation: JaxprEqn, inputs: Sequence[Any]) -> list[Any]:
 def open_jaxpr(jaxpr: Any) -> tuple[Any, Sequence[Any]]:
     """Return the jaxpr and the constants of a closed jaxpr, or of an equation's parameter that may be open (jax 0.12 has one type)."""
     return getattr(jaxpr, "jaxpr", jaxpr), getattr(jaxpr, "consts", ())
+
+
+def equations(jaxpr: Any) -> Iterator[JaxprEqn]:
+    """Yield the equations of a jaxpr, open or closed, and of all jaxprs inside them."""
+    for equation in open_jaxpr(jaxpr)[0].eqns:
+        yield equation
+        for inner in jax.tree.leaves(list(equation.params.values()), is_leaf=_is_jaxpr):
+            if _is_jaxpr(inner):
+                yield from equations(inner)
+
+
+def _is_jaxpr(x: Any) -> bool:
+    return hasattr(x, "eqns") or hasattr(x, "jaxpr")
 
 
 def scan_counts(params: dict[str, Any]) -> tuple[int, int]:
@@ -39,7 +109,7 @@ def dot_operand(x: jax.Array) -> jax.Array:
     XLA:CPU's own bf16 product differs between versions and shapes; products of bf16 values are exact in fp32, so there the operands
     are upcast. Everywhere else the matrix units take bf16 directly.
     """
-    return x.astype(jnp.float32) if x.dtype == jnp.bfloat16 and jax.default_backend() == "cpu" else x
+    return x.astype(jnp.float32) if x.dtype == jnp.bfloat16 and platform() == "cpu" else x
 
 
 def dot_cast(x: jax.Array, dtype: DTypeLike) -> jax.Array:
@@ -47,7 +117,7 @@ def dot_cast(x: jax.Array, dtype: DTypeLike) -> jax.Array:
 
     They are rounded to it, as the matrix units want them; not on a CPU, where products are in fp32 and rounding is work for nothing.
     """
-    return x if dtype == jnp.bfloat16 and jax.default_backend() == "cpu" else x.astype(dtype)
+    return x if dtype == jnp.bfloat16 and platform() == "cpu" else x.astype(dtype)
 
 
 def dot_general(a: jax.Array, b: jax.Array, contract: tuple, batch: tuple = ((), ())) -> jax.Array:

@@ -1,5 +1,8 @@
 """Named shapes of the row-tiled product, shared by the tests and the benchmark."""
 
+import functools
+import math
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import jax
@@ -7,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
+from pallas_kernels.aot.case import CompileCase
 from pallas_kernels.matmul.tile import ROW_TILE
 
 
@@ -35,3 +39,50 @@ def inputs(case: Case, dtype: DTypeLike, seed: int = 0) -> tuple[jax.Array, jax.
     rng = np.random.default_rng(seed)
     x = rng.standard_normal((*case.rows, case.D))
     return jnp.asarray(x, dtype), jnp.asarray(rng.standard_normal((case.D, case.F)) * case.D**-0.5, dtype)
+
+
+COMPILE_SIZES = {
+    "mini qkv": (2048, 6144),
+    "mini out": (2048, 2048),
+    "mini ffn down": (5120, 2048),
+    "flash qkv": (4096, 12288),
+    "flash out": (4096, 4096),
+    "flash ffn up": (4096, 9216),
+    "flash ffn down": (9216, 4096),
+    "mini head": (2048, 157184),
+}
+"""Terms and columns of the released models' products."""
+
+
+def compile_cases() -> Iterator[CompileCase]:
+    """Yield what the compile gates compile: training and decode rows, the gradients, and the router's fp32."""
+    for name, (terms, columns) in COMPILE_SIZES.items():
+        for num in (8192, 64):
+            yield from _compile("forward", f"{name} {num}", (num, terms, columns), jnp.bfloat16, 1.25, quick=(name, num) == ("mini out", 64))
+    for name in ("mini qkv", "flash ffn down"):
+        yield from _compile("backward", f"{name} 8192", (8192, *COMPILE_SIZES[name]), jnp.bfloat16, 1.25)
+    yield from _compile("forward", "mini router 8192 fp32", (8192, 2048, 256), jnp.float32, None)
+
+
+def _compile(kernel: str, name: str, sizes: tuple[int, int, int], dtype: DTypeLike, ratio: float | None, quick: bool = False):
+    """Yield the case of a product of these rows, terms and columns for TPUs and for GPUs."""
+    from pallas_kernels.matmul.api import matmul
+
+    num, terms, columns = sizes
+    shapes = {"x": (num, terms), "w": (terms, columns), "dy": (num, columns)}
+    size = {name: jnp.dtype(dtype).itemsize * math.prod(shape) for name, shape in shapes.items()}
+    backward = kernel == "backward"
+    for implementation, targets in {"pallas_tpu": ("v5e", "v5p", "v6e"), "pallas_gpu": ("h200",)}.items():
+        product = functools.partial(matmul, aligned=True, implementation=implementation)
+        yield CompileCase(
+            kernel=f"matmul.{kernel}",
+            shape=name,
+            targets=targets,
+            program=(lambda x, w, dy, product=product: jax.vjp(product, x, w)[1](dy)) if backward else product,
+            arguments=tuple(jax.ShapeDtypeStruct(shape, dtype) for shape in list(shapes.values())[: 2 + backward]),
+            bytes=(2 if backward else 1) * sum(size.values()),
+            flops=(4 if backward else 2) * math.prod(sizes),
+            floor_ratio=ratio,
+            instruction=r"wgmma\..*m64n(128|256)k16" if targets == ("h200",) and dtype == jnp.bfloat16 else None,
+            quick=quick,
+        )

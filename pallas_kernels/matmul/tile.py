@@ -11,3 +11,8 @@ ROW_TILE = 16
 def product(x: jax.Array, w: jax.Array) -> jax.Array:
     """Return the fp32 product [R, F] of a tile of rows x [R, D] and w [D, F]."""
     return dot_general(x, w, ((1,), (0,)))
+
+
+def itself(y: jax.Array) -> jax.Array:
+    """Return y: the epilogue of a product that nothing follows."""
+    return y

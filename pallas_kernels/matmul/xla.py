@@ -80,10 +80,6 @@ def _tiled(x, w, epilogue, rows, weights, out_dtype):
 
 def matmul(x, w, epilogue, rows, weights, *, aligned, out_dtype):
     """See `api.matmul`."""
-    lead = x.shape[:-1]
-    x, *rows = (r.reshape(-1, *r.shape[len(lead) :]) for r in (x, *rows))
     if aligned:
-        out: Any = _tiled(x, w, epilogue, tuple(rows), tuple(weights), out_dtype)
-    else:
-        out = epilogue(tile.product(x, w).astype(out_dtype), *rows, *weights)
-    return jax.tree.map(lambda y: y.reshape(*lead, *y.shape[1:]), out)
+        return _tiled(x, w, epilogue, rows, weights, out_dtype)
+    return epilogue(tile.product(x, w).astype(out_dtype), *rows, *weights)

@@ -1,0 +1,1 @@
+"""Compile gates: every kernel through the real TPU and GPU compilers, on a machine without either."""

@@ -1,0 +1,126 @@
+"""What a compile gate compiles, what must hold of the result, and the loop of a worker that compiles."""
+
+import importlib
+import json
+import os
+import pkgutil
+import re
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+import pallas_kernels
+from pallas_kernels.compat import equations
+
+PLATFORMS = {"v5e": "tpu", "v5p": "tpu", "v6e": "tpu", "h200": "gpu"}
+"""The targets, and whose compiler each needs."""
+
+
+class CompileCase(NamedTuple):
+    """A program for some targets: one kernel, or as many as a whole model has.
+
+    bytes and flops are what the op itself moves and computes; with the chip's rates they make the floor. The gates: it compiles, on a GPU
+    nothing spills, `instruction` (a regular expression) is in the PTX, the estimate is at most `floor_ratio` times the floor, and the
+    program's peak memory at most `memory` bytes.
+    """
+
+    kernel: str
+    shape: str
+    targets: tuple[str, ...]
+    program: Callable
+    arguments: tuple[Any, ...]
+    bytes: float
+    flops: float
+    donate: tuple[int, ...] = ()
+    floor_ratio: float | None = None
+    instruction: str | None = None
+    memory: float | None = None
+    quick: bool = False
+
+
+class Chip(NamedTuple):
+    """Rates of a chip: HBM bytes/s, bf16 FLOP/s, cycles/s, and how many cores (TensorCores, SMs) share them."""
+
+    bandwidth: float
+    flops: float
+    clock: float
+    cores: int
+
+
+def op_modules() -> list[str]:
+    """Return the modules that hold the kernels' cases."""
+    ops = [module.name for module in pkgutil.iter_modules(pallas_kernels.__path__) if module.ispkg and module.name != "aot"]
+    return [f"pallas_kernels.{op}.cases" for op in ops]
+
+
+def collect(modules: Iterable[str]) -> list[CompileCase]:
+    """Return the cases of all modules that have some."""
+    found = [getattr(importlib.import_module(name), "compile_cases", tuple) for name in modules]
+    return [case for cases in found for case in cases()]
+
+
+def failures(case: CompileCase, row: dict[str, Any]) -> list[str]:
+    """Return the gates that a compiled case fails."""
+    kernels, found = row["kernels"], []
+    if "error" in row:
+        return [row["error"]]
+    if not kernels:
+        found.append("no kernel in the program")
+    found += [f"{k['kernel']} spills {k['spills']} bytes" for k in kernels if "registers" in k and k["spills"]]
+    instructions = {name for k in kernels for name in k["instructions"]}
+    if case.instruction and not any(re.search(case.instruction, name) for name in instructions):
+        found.append(f"no {case.instruction} but {', '.join(sorted(instructions)) or 'no matrix instruction'}")
+    if case.floor_ratio and row["estimate"] > case.floor_ratio * row["floor"]:
+        found.append(f"estimate is {row['estimate'] / row['floor']:.2f} of the floor, over {case.floor_ratio}")
+    if case.memory and row["memory"] > case.memory:
+        found.append(f"takes {row['memory'] / 2**20:.0f} MiB, over {case.memory / 2**20:.0f}")
+    return found
+
+
+def row(case: CompileCase, chip: Chip, memory: Any, kernels: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return the record of a compiled case. Its estimate is the sum of its kernels' (each counted once, however often it runs)."""
+    sizes = {name: getattr(memory, f"{name}_size_in_bytes") for name in ("argument", "output", "alias", "temp")}
+    return {
+        "kernels": kernels,
+        "estimate": sum(k["estimate"] for k in kernels),
+        "floor": max(case.bytes / chip.bandwidth, case.flops / chip.flops),
+        "memory": sizes["argument"] + sizes["output"] - sizes["alias"] + sizes["temp"],
+        "sizes": sizes,
+    }
+
+
+def serve(compile_case: Callable[[CompileCase, str, str], dict[str, Any]], arguments: Sequence[str]) -> None:
+    """Answer each index of a case on stdin with its row, a line of JSON on stdout. `arguments`: target, folder for dumps, modules of cases."""
+    target, folder, *modules = arguments
+    cases = collect(modules)
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what the compilers print must not stand between the answers
+    for index in map(int, sys.stdin):
+        start = time.monotonic()
+        for name in os.listdir(folder):
+            os.remove(os.path.join(folder, name))
+        try:
+            result = compile_case(cases[index], target, folder)
+        except Exception as error:  # whatever the compiler throws is the row's result
+            result = {"kernels": [], "error": _first_line(error)}
+        print(json.dumps(result | {"seconds": time.monotonic() - start}), file=answers, flush=True)
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {' '.join(lines[:3])}"[:400]
+
+
+def loop_weights(length: int, loops: Iterable[tuple[int, int]], kernel: Any) -> tuple[list[int], bool]:
+    """Return how often each of the lines of a listing runs, and whether that is known.
+
+    Loops are (first, last) lines; the n-th to start is the n-th loop of the kernel's jaxpr, whose length is known if it is a scan. A
+    compiler that unrolled or merged loops leaves another number of them: then each counts once, and the answer is a lower bound.
+    """
+    lengths = [e.params.get("length") for e in equations(kernel) if e.primitive.name in ("scan", "while")]
+    loops, weights = sorted(set(loops)), [1] * length
+    known = not loops or (len(loops) == len(lengths) and None not in lengths)
+    for (first, last), turns in zip(loops, lengths, strict=False) if known else ():
+        weights[first : last + 1] = [w * turns for w in weights[first : last + 1]]
+    return weights, known

@@ -1,0 +1,186 @@
+"""Worker of the compile gates for GPUs: XLA's own CUDA compiler for a described H200 dumps each program's PTX and launches; ptxas reports.
+
+The estimate of a kernel is the largest of five bounds, counted over the PTX with its loops' trips:
+- memory: the bytes of its cost estimate (or all its arrays) at the HBM rate; l2: the bytes that its programs load and store at the L2 rate;
+- tensor: the matrix instructions' cycles, issue: an instruction a cycle for each of the four schedulers, for the busiest SM;
+- latency: waves of programs, each a chain of its first loads, its instructions, its barriers and its matrix instructions; those hide
+  behind other instructions only where a wait leaves some in flight.
+"""
+
+import functools
+import math
+import os
+import re
+import subprocess
+import sys
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import topologies
+from jax.sharding import AbstractMesh, AxisType, SingleDeviceSharding
+
+from pallas_kernels import compat
+from pallas_kernels.aot import case as gates
+
+CHIPS = {"h200": gates.Chip(bandwidth=4.3e12, flops=7.9e14, clock=1.755e9, cores=132)}
+"""Bandwidth and FLOP/s as measured on an H200."""
+_L2_BANDWIDTH = 6.9e12
+_MATRIX_RATE = {"bf16": 2048, "f16": 2048, "tf32": 1024, "e4m3": 4096, "e5m2": 4096, "s8": 4096}
+"""Multiply-adds of an SM per cycle with wgmma; mma.sync reaches half."""
+_BARRIER, _WAIT, _START = 30, 64, 2000
+"""Cycles of a barrier, of waiting for a matrix instruction, of a program's first loads and last stores."""
+_REGISTERS, _SHARED, _THREADS, _PROGRAMS = 65536, 233472, 2048, 32
+"""What programs on one SM share."""
+_DESCRIPTION = """
+platform_name: "CUDA"
+device_description_str: "NVIDIA H200"
+dnn_version_info { major: 9 minor: 10 }
+gpu_device_info {
+  name: "NVIDIA H200"
+  device_vendor: "NVIDIA Corporation"
+  platform_version: "Compute Capability 9.0a"
+  cuda_compute_capability { major: 9 feature_extension: ACCELERATED_FEATURES }
+  core_count: 132
+  fpus_per_core: 128
+  clock_rate_ghz: 1.98
+  device_address_bits: 64
+  threads_per_warp: 32
+  threads_per_block_limit: 1024
+  threads_per_core_limit: 2048
+  shared_memory_per_block: 49152
+  shared_memory_per_block_optin: 232448
+  shared_memory_per_core: 233472
+  registers_per_block_limit: 65536
+  registers_per_core_limit: 65536
+  block_dim_limit_x: 2147483647
+  block_dim_limit_y: 65535
+  block_dim_limit_z: 65535
+  thread_dim_limit_x: 1024
+  thread_dim_limit_y: 1024
+  thread_dim_limit_z: 64
+  memory_bandwidth: 4800000000000
+  l2_cache_size: 52428800
+  device_memory_size: 151397597184
+  driver_version: "13.0.0"
+  runtime_version: "12.8.0"
+  compile_time_toolkit_version: "12.8.0"
+  dnn_version: "9.10.0"
+}
+"""
+
+
+@functools.cache
+def _device() -> Any:
+    described = {"platform": "cuda", "topology_name": "1x1x1", "topology": "1x1x1", "target_config": _DESCRIPTION}
+    return topologies.get_topology_desc(**described).devices[0]
+
+
+def _abstract_mesh() -> AbstractMesh:
+    device = compat.AbstractDevice("NVIDIA H200", 132, "gpu")
+    return AbstractMesh((1,), ("chip",), (AxisType.Explicit,), abstract_device=device)
+
+
+def resources(ptx: str, folder: str) -> dict[str, dict[str, int]]:
+    """Return registers a thread and bytes spilled of each kernel, by ptxas."""
+    path = os.path.join(folder, "kernel.ptx")
+    with open(path, "w", encoding="utf-8") as file:
+        file.write(ptx)
+    command = [os.environ["RING_JAX_PTXAS"], "-v", "-arch=sm_90a", path, "-o", os.devnull]
+    report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    found = {}
+    for name, text in re.findall(r"Compiling entry function '(\w+)'(.*?Used \d+ registers)", report, re.DOTALL):
+        spills = sum(map(int, re.findall(r"(\d+) bytes spill", text)))
+        found[name] = {"registers": int(re.findall(r"Used (\d+)", text)[0]), "spills": spills}
+    return found
+
+
+def count(ptx: str, kernel: Any) -> dict[str, Any]:
+    """Return what one warp of a kernel executes: instructions, matrix instructions by name, barriers, waits, and the bytes a thread moves."""
+    lines = [line.strip() for line in ptx.splitlines()]
+    labels = {line[:-1]: at for at, line in enumerate(lines) if re.fullmatch(r"\$\w+:", line)}
+    branches = [(labels[to], at) for at, line in enumerate(lines) for to in re.findall(r"\bbra(?:\.uni)?\s+(\$\w+);", line)]
+    weights, known = gates.loop_weights(len(lines), [(to, at) for to, at in branches if to <= at], kernel)
+    total: dict[str, Any] = {"known": known, "issued": 0, "bytes": 0, "stalls": 0, "overlapped": False, "instructions": {}}
+    for line, weight in zip(lines, weights, strict=True):
+        match = re.match(r"(?:@!?%p\d+ )?([a-z][a-z0-9]*(?:[.:]+\w+)*)\s", line)
+        if not match or match[1].startswith(("mov", "ret")):
+            continue
+        name = match[1]
+        total["issued"] += weight
+        if name.startswith(("wgmma.mma_async", "mma.sync")):
+            total["instructions"][name] = total["instructions"].get(name, 0) + weight
+        elif name.startswith("cp.async") and "], [" in line:
+            total["bytes"] += weight * int(re.findall(r"\], (?:\[.*?\], )?(0x[0-9a-f]+|\d+)", line)[0], 0)
+        elif access := re.match(r"(?:ld|st)\.global(?:[.:]\w+)*?(?:\.v(\d))?\.[bsuf](\d+)", name):
+            total["bytes"] += weight * int(access[1] or 1) * int(access[2]) // 8
+        elif name.startswith(("bar.sync", "barrier")):
+            total["stalls"] += weight * _BARRIER
+        elif name.startswith("wgmma.wait_group"):
+            total["stalls"] += weight * _WAIT
+            total["overlapped"] |= not line.rstrip(";").endswith(" 0")
+    return total
+
+
+def matrix_cycles(name: str, warps: int) -> float:
+    """Return the cycles for which an SM's matrix units work on one such instruction of every warp of a program."""
+    m, n, k = map(int, re.findall(r"\.m(\d+)n(\d+)k(\d+)", name)[0])
+    operand = next((rate for kind, rate in _MATRIX_RATE.items() if name.endswith("." + kind) or f".{kind}." in name.split("k", 1)[1]), 1024)
+    return m * n * k / operand * (warps / 4 if name.startswith("wgmma") else 2 * warps)
+
+
+def bounds(counted: dict[str, Any], programs: int, threads: int, registers: int, shared: int, moved: float) -> dict[str, float]:
+    """Return the five bounds of a kernel in seconds."""
+    chip, warps = CHIPS["h200"], threads // 32
+    fits = (_REGISTERS // (-(-registers * 32 // 256) * 256 * warps), _SHARED // (shared + 1024), _THREADS // threads, _PROGRAMS)
+    active = max(min(*fits, -(-programs // chip.cores)), 1)
+    busiest = -(-programs // chip.cores)
+    tensor = sum(number * matrix_cycles(name, warps) for name, number in counted["instructions"].items())
+    other = counted["issued"] * max(warps / 4, 1) + counted["stalls"]
+    chain = _START + (max(tensor, other) if counted["overlapped"] else tensor + other)
+    return {
+        "memory": moved / chip.bandwidth,
+        "l2": counted["bytes"] * threads * programs / _L2_BANDWIDTH,
+        "tensor": busiest * tensor / chip.clock,
+        "issue": busiest * counted["issued"] * warps / 4 / chip.clock,
+        "latency": -(-busiest // active) * chain / chip.clock,
+    }
+
+
+def compile_case(case: gates.CompileCase, target: str, folder: str) -> dict[str, Any]:
+    """Return the row of a case, compiled for one GPU."""
+    where = SingleDeviceSharding(_device())
+    program = jax.jit(lambda *arguments: case.program(*arguments), in_shardings=where, out_shardings=where, donate_argnums=case.donate)
+    with compat.compiling_for(target), jax.sharding.use_abstract_mesh(_abstract_mesh()):
+        traced = program.trace(*case.arguments)
+        compiled = traced.lower(lowering_platforms=("cuda",)).compile(compiler_options={"xla_allow_excess_precision": False})
+    text = {name: open(os.path.join(folder, name), encoding="utf-8").read() for name in os.listdir(folder) if name.endswith((".ptx", "thunk_sequence.txt"))}
+    parts = {}
+    reports: dict[str, dict[str, int]] = {}
+    for name, ptx in text.items():
+        if ptx and name.endswith(".ptx"):
+            reports |= resources(ptx, folder)
+            parts |= {match[1]: match[2] for match in re.finditer(r"\.entry (\w+)\((.*?)\n}", ptx, re.DOTALL)}
+    launches = re.findall(r"(\w+) grid: \[(\d+), (\d+), (\d+)\] threads: \[(\d+).*?shared_memory: (\d+)", "\n".join(text.values()))
+    kernels = []
+    for equation in compat.equations(traced.jaxpr):
+        if equation.primitive.name != "pallas_call":
+            continue
+        name = re.sub(r"\W", "_", equation.params["name"])
+        launch = next((launch for launch in launches if re.sub(r"_\d+$", "", launch[0]) == re.sub(r"_\d+$", "", name)), None)
+        if launch is None:
+            continue  # an equal kernel was listed, or nothing uses it
+        launches.remove(launch)
+        grid, threads, shared = tuple(map(int, launch[1:4])), int(launch[4]), int(launch[5])
+        counted, report = count(parts[launch[0]], equation.params["jaxpr"]), reports[launch[0]]
+        cost, arrays = equation.params["cost_estimate"], equation.invars + equation.outvars
+        moved = cost.bytes_accessed if cost else sum(x.aval.size * x.aval.dtype.itemsize for x in arrays)
+        times = bounds(counted, math.prod(grid), threads, report["registers"], shared, moved)
+        record = {"kernel": name, "grid": grid, "threads": threads, "memory": shared, "moved": moved}
+        record |= {key: counted[key] for key in ("known", "issued", "instructions")} | report
+        kernels.append(record | {"times": times, "estimate": max(times.values())})
+    return gates.row(case, CHIPS[target], compiled.memory_analysis(), kernels)
+
+
+if __name__ == "__main__":
+    gates.serve(compile_case, sys.argv[1:])

@@ -1,0 +1,31 @@
+"""What the Pallas implementations share: the product's gradients, which are products too, and what follows it row by row."""
+
+from collections.abc import Callable
+
+import jax
+
+from pallas_kernels.matmul import tile, xla
+
+
+def matmul(kernel: Callable, x, w, epilogue, rows, weights, *, aligned, out_dtype):
+    """See `api.matmul`. `kernel(a, b, axes, dtype, aligned)` is the product of two matrices over one axis of each, accumulated in fp32."""
+    if x.dtype != w.dtype or x.dtype not in ("bfloat16", "float32"):
+        raise NotImplementedError(f"the operands are {x.dtype} and {w.dtype}, not both bfloat16 or float32")
+
+    @jax.custom_vjp
+    def product(x, w):
+        return kernel(x, w, (1, 0), out_dtype, True)
+
+    def forward(x, w):
+        return product(x, w), (x, w)
+
+    def backward(residuals, dy):
+        x, w = residuals
+        dy = dy.astype(x.dtype)
+        return kernel(dy, w, (1, 1), x.dtype, False), kernel(x, dy, (0, 0), w.dtype, False)
+
+    product.defvjp(forward, backward)
+    y = product(x, w)
+    if not aligned or epilogue is tile.itself:
+        return epilogue(y, *rows, *weights)
+    return xla.row_tiled(epilogue, (y, *rows), weights)

@@ -1,0 +1,56 @@
+"""Tile sizes of the kernels: a table an op and backend, by kind of chip; nothing is tuned at run time.
+
+They were chosen with the compile gates (`python -m pallas_kernels.aot`). The first entry stands in for kinds a table lacks; "cpu" is for
+interpreted kernels: small, so that tests see several tiles.
+"""
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import NamedTuple, TypeVar
+
+from pallas_kernels.compat import device_kind
+
+Tile = TypeVar("Tile")
+
+
+def of(table: Mapping[str, Tile]) -> Tile:
+    """Return the table's entry for the chip the program is being compiled for."""
+    return table.get(device_kind(), next(iter(table.values())))
+
+
+class MatmulTpu(NamedTuple):
+    """Rows of a tile (in the forward; in gradients, which need no aligned rows), columns and terms of a sum at most, bytes for two blocks of w, bytes of VMEM in all."""
+
+    rows: int
+    gradient_rows: int
+    columns: int
+    depth: int
+    resident: int
+    vmem: int
+
+
+_MIB = 1 << 20
+MATMUL_TPU = MappingProxyType(
+    {
+        "v5e": MatmulTpu(128, 512, 1024, 2048, 20 * _MIB, 48 * _MIB),
+        "v5p": MatmulTpu(128, 512, 1024, 2048, 20 * _MIB, 48 * _MIB),
+        "v6e": MatmulTpu(512, 512, 1024, 2048, 20 * _MIB, 48 * _MIB),
+        "cpu": MatmulTpu(16, 16, 128, 128, 128 * 128 * 4 * 2, 48 * _MIB),
+    }
+)
+
+
+class MatmulGpu(NamedTuple):
+    """A program's tile of the result, the terms of a sum it takes in at a time, its warps and its pipeline's stages."""
+
+    rows: int
+    columns: int
+    depth: int
+    warps: int
+    stages: int
+
+
+MATMUL_GPU = MappingProxyType({"h200": MatmulGpu(128, 256, 64, 8, 3), "cpu": MatmulGpu(16, 32, 16, 4, 1)})
+MATMUL_GPU_NARROW = MappingProxyType({"h200": MatmulGpu(128, 128, 64, 8, 3), "cpu": MatmulGpu(16, 16, 16, 4, 1)})
+"""For few columns, of which wide tiles would leave most of the chip idle."""
+MATMUL_GPU_FP32 = MappingProxyType({"h200": MatmulGpu(64, 64, 32, 4, 3), "cpu": MatmulGpu(16, 16, 16, 4, 1)})
