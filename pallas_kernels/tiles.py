@@ -54,3 +54,40 @@ MATMUL_GPU = MappingProxyType({"h200": MatmulGpu(128, 256, 64, 8, 3), "cpu": Mat
 MATMUL_GPU_NARROW = MappingProxyType({"h200": MatmulGpu(128, 128, 64, 8, 3), "cpu": MatmulGpu(16, 16, 16, 4, 1)})
 """For few columns, of which wide tiles would leave most of the chip idle."""
 MATMUL_GPU_FP32 = MappingProxyType({"h200": MatmulGpu(64, 64, 32, 4, 3), "cpu": MatmulGpu(16, 16, 16, 4, 1)})
+
+
+class ScaledMatmulTpu(NamedTuple):
+    """Rows, columns and terms of a sum of a step at most (whole groups of 128), and VMEM for all of it."""
+
+    rows: int
+    columns: int
+    depth: int
+    vmem: int
+
+
+SCALED_MATMUL_TPU = MappingProxyType(
+    {
+        "v5p": ScaledMatmulTpu(1024, 1024, 512, 32 * _MIB),
+        "v6e": ScaledMatmulTpu(1024, 1024, 512, 32 * _MIB),
+        "v5e": ScaledMatmulTpu(1024, 1024, 512, 32 * _MIB),
+        "cpu": ScaledMatmulTpu(128, 128, 256, 32 * _MIB),
+    }
+)
+
+
+class ScaledMatmulGpu(NamedTuple):
+    """A program's tile of the result (128 columns, so that blocks have one scale), its warps and stages, tiles of rows of a band."""
+
+    rows: int
+    columns: int
+    warps: int
+    stages: int
+    band: int
+
+
+SCALED_MATMUL_GPU = MappingProxyType(
+    {
+        "h200": ScaledMatmulGpu(rows=128, columns=128, warps=8, stages=3, band=8),
+        "cpu": ScaledMatmulGpu(rows=128, columns=128, warps=8, stages=3, band=2),
+    }
+)
