@@ -154,7 +154,11 @@ def compile_case(case: gates.CompileCase, target: str, folder: str) -> dict[str,
     with compat.compiling_for(target), jax.sharding.use_abstract_mesh(_abstract_mesh()):
         traced = program.trace(*case.arguments)
         compiled = traced.lower(lowering_platforms=("cuda",)).compile(compiler_options={"xla_allow_excess_precision": False})
-    text = {name: open(os.path.join(folder, name), encoding="utf-8").read() for name in os.listdir(folder) if name.endswith((".ptx", "thunk_sequence.txt"))}
+    text = {
+        name: open(os.path.join(folder, name), encoding="utf-8").read()
+        for name in os.listdir(folder)
+        if name.endswith((".ptx", "thunk_sequence.txt"))
+    }
     parts = {}
     reports: dict[str, dict[str, int]] = {}
     for name, ptx in text.items():

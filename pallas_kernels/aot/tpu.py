@@ -104,7 +104,9 @@ def compile_case(case: gates.CompileCase, target: str, folder: str) -> dict[str,
         traced = jax.jit(program, donate_argnums=case.donate).trace(*arguments)
         compiled = traced.lower().compile(compiler_options={"xla_allow_excess_precision": False})
     bundles, units = (_listing(folder, name) for name in ("packed-bundles-post-ra.txt", "pre-delay_hlo-static-per-bundle-utilization.txt"))
-    vmem = dict(re.findall(r'%([\w.\-]+) = [^\n]*"tpu_custom_call"[^\n]*"used_scoped_memory_configs":\[\{[^}]*"size":"(\d+)"', compiled.as_text()))
+    vmem = dict(
+        re.findall(r'%([\w.\-]+) = [^\n]*"tpu_custom_call"[^\n]*"used_scoped_memory_configs":\[\{[^}]*"size":"(\d+)"', compiled.as_text())
+    )
     kernels = []
     for equation in compat.equations(traced.jaxpr):
         if equation.primitive.name != "pallas_call":
@@ -119,7 +121,14 @@ def compile_case(case: gates.CompileCase, target: str, folder: str) -> dict[str,
         moved = moved_bytes(grid, mapping)
         core_steps = math.ceil(parallel / chip.cores) * steps // parallel
         times = {"compute": core_steps * record["cycles"] / chip.clock, "memory": moved / chip.bandwidth}
-        record |= {"kernel": name, "grid": grid, "memory": int(vmem.get(hlo, 0)), "moved": moved, "times": times, "estimate": max(times.values())}
+        record |= {
+            "kernel": name,
+            "grid": grid,
+            "memory": int(vmem.get(hlo, 0)),
+            "moved": moved,
+            "times": times,
+            "estimate": max(times.values()),
+        }
         kernels.append(record)
     return gates.row(case, chip, compiled.memory_analysis(), kernels)
 

@@ -58,7 +58,9 @@ def compile_cases() -> Iterator[CompileCase]:
     """Yield what the compile gates compile: training and decode rows, the gradients, and the router's fp32."""
     for name, (terms, columns) in COMPILE_SIZES.items():
         for num in (8192, 64):
-            yield from _compile("forward", f"{name} {num}", (num, terms, columns), jnp.bfloat16, 1.25, quick=(name, num) == ("mini out", 64))
+            yield from _compile(
+                "forward", f"{name} {num}", (num, terms, columns), jnp.bfloat16, 1.25, quick=(name, num) == ("mini out", 64)
+            )
     for name in ("mini qkv", "flash ffn down"):
         yield from _compile("backward", f"{name} 8192", (8192, *COMPILE_SIZES[name]), jnp.bfloat16, 1.25)
     yield from _compile("forward", "mini router 8192 fp32", (8192, 2048, 256), jnp.float32, None)

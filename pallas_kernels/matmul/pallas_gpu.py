@@ -20,7 +20,9 @@ def _kernel(a_ref, b_ref, out_ref, *, axes, shape, tile):
     num_rows, terms, columns = shape
     row = pl.program_id(0) * tile.rows + jnp.arange(tile.rows)
     column = pl.program_id(1) * tile.columns + jnp.arange(tile.columns)
-    exact = None if a_ref.dtype == jnp.bfloat16 else lax.Precision.HIGHEST if interpreted("gpu") else lax.DotAlgorithmPreset.TF32_TF32_F32_X3
+    exact = (
+        None if a_ref.dtype == jnp.bfloat16 else lax.Precision.HIGHEST if interpreted("gpu") else lax.DotAlgorithmPreset.TF32_TF32_F32_X3
+    )
     # A mask stands only where a tile hangs over.
     inside_rows = (row < num_rows) if num_rows % tile.rows else None
     inside_columns = (column < columns) if columns % tile.columns else None
@@ -39,7 +41,9 @@ def _kernel(a_ref, b_ref, out_ref, *, axes, shape, tile):
         return total + lax.dot_general(a, b, (((axes[0],), (axes[1],)), ((), ())), precision=exact, preferred_element_type=jnp.float32)
 
     total = lax.fori_loop(0, pl.cdiv(terms, tile.depth), add_part, jnp.zeros((tile.rows, tile.columns), jnp.float32))
-    masks = [inside[:, None] if axis == 0 else inside[None] for axis, inside in enumerate((inside_rows, inside_columns)) if inside is not None]
+    masks = [
+        inside[:, None] if axis == 0 else inside[None] for axis, inside in enumerate((inside_rows, inside_columns)) if inside is not None
+    ]
     mask = jnp.broadcast_to(functools.reduce(jnp.logical_and, masks), total.shape) if masks else None
     triton.store(out_ref, total.astype(out_ref.dtype), mask=mask)
 
@@ -50,7 +54,9 @@ def product(a, b, axes, dtype, aligned):
     tables = (tiles.MATMUL_GPU, tiles.MATMUL_GPU_NARROW) if a.dtype == jnp.bfloat16 else (tiles.MATMUL_GPU_FP32,) * 2
     tile = tiles.of(tables[columns < 4096])
     a_spec = pl.BlockSpec((tile.rows, terms), lambda m, n: (m, 0)) if axes[0] else pl.BlockSpec((terms, tile.rows), lambda m, n: (0, m))
-    b_spec = pl.BlockSpec((tile.columns, terms), lambda m, n: (n, 0)) if axes[1] else pl.BlockSpec((terms, tile.columns), lambda m, n: (0, n))
+    b_spec = (
+        pl.BlockSpec((tile.columns, terms), lambda m, n: (n, 0)) if axes[1] else pl.BlockSpec((terms, tile.columns), lambda m, n: (0, n))
+    )
     out = jax.ShapeDtypeStruct((num_rows, columns), dtype)
     return pl.pallas_call(
         functools.partial(_kernel, axes=axes, shape=(num_rows, terms, columns), tile=tile),

@@ -26,10 +26,8 @@ TEST_CASES = {
     "one_row": Case(1, 128, 128),
     "one_column": Case(130, 256, 1),
     "whole_tiles": Case(256, 384, 256),
-    "odd_rows": Case(77, 256, 128),
-    "odd_depth": Case(40, 200, 128),
-    "odd_columns": Case(33, 128, 100),
     "short_group": Case(20, 16, 24),
+    "odd_depth": Case(40, 200, 128),
     "all_odd": Case(150, 300, 270),
 }
 
@@ -59,10 +57,10 @@ def operand(rows: int, depth: int, block: bool) -> Quantized:
 
 
 PROJECTIONS = {
-    "mini": (("qkv", 2048, 6144), ("ffn", 2048, 5120), ("ffn", 5120, 2048), ("expert", 2048, 512), ("expert", 512, 2048)),
-    "flash": (("qkv", 4096, 12288), ("ffn", 4096, 9216), ("ffn", 9216, 4096), ("expert", 4096, 1024), ("expert", 1024, 4096)),
+    "mini": (("qkv", 2048, 6144), ("ffn", 2048, 5120), ("expert", 2048, 512)),
+    "flash": (("qkv", 4096, 12288), ("ffn", 4096, 9216), ("expert", 4096, 1024)),
 }
-"""Name, K and N of the projections of ring-mini-linear-2.0 and ring-flash-linear-2.0."""
+"""Name, K and N of the projections of ring-mini-linear-2.0 and ring-flash-linear-2.0. The way back out of an FFN is its input gradient."""
 
 
 def compile_cases() -> Iterator[CompileCase]:
@@ -83,5 +81,5 @@ def compile_cases() -> Iterator[CompileCase]:
                 bytes=(rows + columns) * depth + rows * columns * jnp.dtype(out_dtype).itemsize,
                 flops=2 * rows * depth * columns,
                 instruction=r"wgmma\.mma_async.*e4m3|vmatmul",
-                quick=(name, K, kernel == "input_gradient") == ("expert", 2048, False),
+                quick=(model, name) == ("mini", "expert") and kernel != "input_gradient",
             )

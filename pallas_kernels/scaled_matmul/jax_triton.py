@@ -30,7 +30,7 @@ def _kernel(
     columns: tl.constexpr,
     band: tl.constexpr,
 ):
-    """a and b are descriptors of [M, K] and [N, K], the rest pointers; the same walk over the tiles and the groups as in `pallas_gpu`."""
+    """One tile: a and b are descriptors of [M, K] and [N, K], the rest pointers; tiles and groups are walked as in `pallas_gpu`."""
     program = tl.program_id(0)
     inside = program % (band * (N // columns))
     row = (program // (band * (N // columns)) * band + inside % band) * rows
