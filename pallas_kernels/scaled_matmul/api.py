@@ -64,7 +64,7 @@ def fp8_matmul(
     which also promises the rows' bits; gradients promise none.
     """
     flat = x.reshape(-1, x.shape[-1])
-    y = _fp8_matmul(flat, w, jnp.dtype(out_dtype or x.dtype), power_of_two, aligned, implementation)
+    y: jax.Array = _fp8_matmul(flat, w, jnp.dtype(out_dtype or x.dtype), power_of_two, aligned, implementation)  # pyright: ignore
     return y.reshape(*x.shape[:-1], w.shape[1])
 
 

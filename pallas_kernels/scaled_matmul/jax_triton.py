@@ -3,8 +3,10 @@
 It stands beside `pallas_gpu` and is chosen by name only. Importing this file needs jax-triton, which needs Triton and jaxlib's CUDA plugin.
 """
 
+import importlib
+from typing import Any
+
 import jax
-import jax_triton  # pyright: ignore[reportMissingImports]
 import triton  # pyright: ignore[reportMissingImports]
 import triton.language as tl  # pyright: ignore[reportMissingImports]
 
@@ -12,6 +14,8 @@ from pallas_kernels import tiles
 from pallas_kernels.compat import platform
 from pallas_kernels.scaled_matmul import tile
 from pallas_kernels.scaled_matmul.quantized import GROUP
+
+jax_triton: Any = importlib.import_module("jax_triton")  # by name, as type checkers take this file for it
 
 
 @triton.jit
