@@ -13,10 +13,22 @@ from jax.typing import DTypeLike
 
 from pallas_kernels.benchmark import Problem, main
 from pallas_kernels.scaled_matmul import fp8_matmul, quantize, reference, scaled_matmul
-from pallas_kernels.scaled_matmul.cases import BENCH_CASES, BENCH_GPU_CASES, Case, inputs
+from pallas_kernels.scaled_matmul.cases import BENCH_CASES, BENCH_GPU_CASES, Case, inputs, operand
 
-KERNELS = {"cpu": ("xla",), "gpu": ("pallas_gpu", "xla"), "tpu": ("pallas_tpu", "xla")}[jax.default_backend()]
-"""The implementations of this machine: interpreted kernels are not timed."""
+
+def kernels() -> list[str]:
+    """Return the implementations of this machine; interpreted kernels are not timed."""
+    names = {"cpu": ("xla",), "gpu": ("pallas_gpu", "jax_triton", "xla"), "tpu": ("pallas_tpu", "xla")}[jax.default_backend()]
+    return [name for name in names if runs(name)]
+
+
+def runs(name: str) -> bool:
+    """Return whether an implementation does not refuse."""
+    try:
+        jax.eval_shape(functools.partial(scaled_matmul, implementation=name), operand(128, 128, False), operand(128, 128, True))
+    except NotImplementedError:
+        return False
+    return True
 
 
 def quantised_inputs(case: Case, dtype: DTypeLike, seed: int) -> tuple:
@@ -28,7 +40,7 @@ def quantised_inputs(case: Case, dtype: DTypeLike, seed: int) -> tuple:
 
 def problems(dtype: DTypeLike, quick: bool) -> Iterator[Problem]:
     """Yield the cases of the benchmark."""
-    size = jnp.dtype(dtype).itemsize
+    size, names = jnp.dtype(dtype).itemsize, kernels()
     for name, case in (BENCH_CASES if jax.default_backend() == "cpu" else BENCH_GPU_CASES).items():
         if quick and case.K > 1024:
             continue
@@ -39,7 +51,7 @@ def problems(dtype: DTypeLike, quick: bool) -> Iterator[Problem]:
             inputs=functools.partial(quantised_inputs, case, dtype),
             differentiable=(),
             implementations={
-                kernel: lambda a, b, x, w, kernel=kernel: scaled_matmul(a, b, out_dtype=dtype, implementation=kernel) for kernel in KERNELS
+                kernel: lambda a, b, x, w, kernel=kernel: scaled_matmul(a, b, out_dtype=dtype, implementation=kernel) for kernel in names
             }
             | {"peer: x @ w": lambda a, b, x, w: x @ w.T},
             truth=lambda a, b, x, w: reference.scaled_matmul(a, b),
@@ -50,7 +62,7 @@ def problems(dtype: DTypeLike, quick: bool) -> Iterator[Problem]:
             case=name,
             inputs=functools.partial(inputs, case, dtype),
             differentiable=(0, 1),
-            implementations={kernel: functools.partial(fp8_matmul, implementation=kernel) for kernel in KERNELS}
+            implementations={kernel: functools.partial(fp8_matmul, implementation=kernel) for kernel in names}
             | {"peer: x @ w": lambda x, w: x @ w},
             truth=lambda x, w: x @ w,
             flops=(flops, 2 * flops),

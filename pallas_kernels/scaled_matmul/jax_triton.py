@@ -36,9 +36,10 @@ def _kernel(
 ):
     """One tile: a and b are descriptors of [M, K] and [N, K], the rest pointers; tiles and groups are walked as in `pallas_gpu`."""
     program = tl.program_id(0)
-    inside = program % (band * (N // columns))
-    row = (program // (band * (N // columns)) * band + inside % band) * rows
-    column = inside // band * columns
+    first = program // (band * (N // columns)) * band
+    inside, height = program % (band * (N // columns)), min(M // rows - first, band)
+    row = (first + inside % height) * rows
+    column = inside // height * columns
     row_index = row + tl.arange(0, rows)
     column_index = column + tl.arange(0, columns)
     acc = tl.zeros((rows, columns), tl.float32)
@@ -82,6 +83,6 @@ def scaled_matmul(a, b, *, out_dtype, aligned):
         depth=GROUP,
         rows=size.rows,
         columns=size.columns,
-        band=tile.divisor(shape[0] // size.rows, size.band),
+        band=size.band,
     )
     return out[:rows, :columns]

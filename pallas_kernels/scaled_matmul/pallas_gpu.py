@@ -37,10 +37,11 @@ def _kernel(a_ref, a_scales_ref, b_ref, b_scales_ref, out_ref):
     out_ref[...] = acc.astype(out_ref.dtype)
 
 
-def _place(program, num_columns, band):
+def _place(program, num_rows, num_columns, band):
     """The tile of a program: down a band of tiles of rows, then a column on. Those at work together share operands in the L2 cache."""
-    inside = program % (band * num_columns)
-    return program // (band * num_columns) * band + inside % band, inside // band
+    first = program // (band * num_columns) * band
+    inside, height = program % (band * num_columns), jnp.minimum(num_rows - first, band) if num_rows % band else band
+    return first + inside % height, inside // height
 
 
 def scaled_matmul(a, b, *, out_dtype, aligned):
@@ -51,7 +52,9 @@ def scaled_matmul(a, b, *, out_dtype, aligned):
     a, b = tile.padded(a, size.rows), tile.padded(b, size.columns)
     num_rows, num_columns, num_groups = a.values.shape[0] // size.rows, b.values.shape[0] // size.columns, a.scales.shape[0]
     depth, of_blocks = a.values.shape[1], b.scales.shape[1] < b.values.shape[0]
-    place = functools.partial(_place, num_columns=num_columns, band=tile.divisor(num_rows, size.band))
+    if max(x.size for x in (a.values, b.values)) >= 2**31 or a.values.shape[0] * b.values.shape[0] >= 2**31:
+        raise NotImplementedError("Pallas' Triton lowering counts an array's entries in 32 bits")
+    place = functools.partial(_place, num_rows=num_rows, num_columns=num_columns, band=size.band)
     out = pl.pallas_call(
         _kernel,
         grid=(num_rows * num_columns,),
