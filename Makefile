@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 GATES_VENV ?= .venv-gates
 JOBS ?= 2
 
-.PHONY: help env demo test test-slow gates lint bench clean
+.PHONY: help env env-gates demo test test-slow gates lint bench clean
 
 help:  ## what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -16,18 +16,26 @@ $(VENV)/.made: pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
 	touch $@
 
+env-gates: $(GATES_VENV)/.made  ## the compilers for TPUs and GPUs: libtpu, XLA's CUDA plugin, ptxas
+
+$(GATES_VENV)/.made: pyproject.toml
+	$(PYTHON) -m venv $(GATES_VENV)
+	$(GATES_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -e '.[gates]'
+	touch $@
+
 demo: env  ## train a small hybrid on real text, draw the loss, generate from it
 	$(BIN)/python -m ring_jax.train --output runs/demo --overwrite --precision fp32 --batch-size 32 --steps 600 --optimizer.schedule linear --optimizer.balance_rate 0.01
 	$(BIN)/python -m ring_jax.infer --checkpoint runs/demo --prompt 'def __init__(self, ' --max-tokens 160
 	@echo 'The loss curve: runs/demo/loss.png'
 
-test: env  ## the test suite
+test: env env-gates  ## the test suite
 	$(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile
 
 test-slow: env  ## the tests that take minutes
 	$(BIN)/python -m pytest -q -m slow
 
-gates: env  ## the long gates
+gates: env env-gates  ## the long gates: every kernel through the compilers of all chips, train and inference compared bit by bit
+	$(BIN)/python -m pallas_kernels.aot --jobs $(JOBS)
 	$(BIN)/python -m ring_jax.infer align --checkpoint tests/golden/periodic --tokens 256
 	$(BIN)/python -m ring_jax.infer align --checkpoint tests/golden/trailing --tokens 256 --precision bf16
 

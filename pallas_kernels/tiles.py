@@ -19,7 +19,10 @@ def of(table: Mapping[str, Tile]) -> Tile:
 
 
 class MatmulTpu(NamedTuple):
-    """Rows of a tile (in the forward; in gradients, which need no aligned rows), columns and terms of a sum at most, bytes for two blocks of w, bytes of VMEM in all."""
+    """Rows of a tile (in the forward; in gradients, which need no aligned rows), at most so many columns and terms of a sum.
+
+    `resident`: bytes that two blocks of w may take to stay for all rows, `vmem`: bytes of VMEM in all.
+    """
 
     rows: int
     gradient_rows: int
@@ -35,7 +38,7 @@ MATMUL_TPU = MappingProxyType(
         "v5e": MatmulTpu(128, 512, 1024, 2048, 20 * _MIB, 48 * _MIB),
         "v5p": MatmulTpu(128, 512, 1024, 2048, 20 * _MIB, 48 * _MIB),
         "v6e": MatmulTpu(512, 512, 1024, 2048, 20 * _MIB, 48 * _MIB),
-        "cpu": MatmulTpu(16, 16, 128, 128, 128 * 128 * 4 * 2, 48 * _MIB),
+        "cpu": MatmulTpu(16, 16, 128, 128, 64 * 160 * 4 * 2, 48 * _MIB),
     }
 )
 
@@ -52,8 +55,8 @@ class MatmulGpu(NamedTuple):
 
 MATMUL_GPU = MappingProxyType({"h200": MatmulGpu(128, 256, 64, 8, 3), "cpu": MatmulGpu(16, 32, 16, 4, 1)})
 MATMUL_GPU_NARROW = MappingProxyType({"h200": MatmulGpu(128, 128, 64, 8, 3), "cpu": MatmulGpu(16, 16, 16, 4, 1)})
-"""For few columns, of which wide tiles would leave most of the chip idle."""
-MATMUL_GPU_FP32 = MappingProxyType({"h200": MatmulGpu(64, 64, 32, 4, 3), "cpu": MatmulGpu(16, 16, 16, 4, 1)})
+"""For a forward product with few columns, of which wide tiles would leave most of the chip idle in decoding."""
+MATMUL_GPU_FP32 = MappingProxyType({"h200": MatmulGpu(64, 128, 32, 4, 3), "cpu": MatmulGpu(16, 16, 16, 4, 1)})
 
 
 class ScaledMatmulTpu(NamedTuple):

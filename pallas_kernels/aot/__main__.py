@@ -30,7 +30,8 @@ def ptxas(python: str) -> pathlib.Path:
 
 def environment(target: str, folder: str, python: str) -> dict[str, str]:
     """Return the environment of a worker: both compilers read their options once, when they are loaded."""
-    shared = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), "JAX_ENABLE_COMPILATION_CACHE": "false"}
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    shared = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": path, "JAX_ENABLE_COMPILATION_CACHE": "false"}
     if gates.PLATFORMS[target] == "gpu":
         compiler = ptxas(python)
         flags = f"--xla_dump_to={folder} --xla_gpu_cuda_data_dir={compiler.parents[1]}"
@@ -52,7 +53,7 @@ class Worker:
         """Return the row of the case with this index."""
         if self.process is None:
             self.folder = tempfile.TemporaryDirectory(prefix="aot-")
-            self.log = tempfile.TemporaryFile("w+")
+            self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115
             dumps = os.path.join(self.folder.name, "")
             pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self.log, "text": True}
             self.process = subprocess.Popen(self.command(dumps), env=self.environment(dumps), **pipes)
@@ -89,9 +90,9 @@ def lines(row: dict[str, Any]) -> list[str]:
     for k in row["kernels"]:
         size = f"{k['memory'] / 2**10:>9.0f}"
         if "registers" in k:
-            work = f"{k['registers']:>5}{k['spills']:>7}{k['issued']:>9}{'':>7}"
+            work = f"{k['registers']:>5}{k['spills']:>9}{k['issued']:>9}{'':>7}"
         else:
-            work = f"{'':>5}{k['spills']:>7}{k['cycles']:>9}{k['empty']:>7.0%}"
+            work = f"{'':>5}{k['spills']:>9}{k['cycles']:>9}{k['empty']:>7.0%}"
         times = f"{k['moved'] / 1e6:>10.2f}{row['floor'] * 1e6:>10.2f}{k['estimate'] * 1e6:>10.2f}{'' if k['known'] else '+':<2}"
         bound = max(k["times"], key=k["times"].get)
         matrix = ", ".join(f"{number} {name}" for name, number in k["instructions"].items())
@@ -104,7 +105,8 @@ def lines(row: dict[str, Any]) -> list[str]:
     return text
 
 
-HEADER = f"{'kernel':<34}{'shape':<26}{'chip':<6}{'KiB':>9}{'regs':>5}{'spills':>7}{'cycles':>9}{'empty':>7}{'MB':>10}{'floor us':>10}{'est us':>10}{'ratio':>8}  bound   matrix instructions"
+_NUMBERS = f"{'KiB':>9}{'regs':>5}{'spills':>9}{'cycles':>9}{'empty':>7}{'MB':>10}{'floor us':>10}{'est us':>10}{'ratio':>8}"
+HEADER = f"{'kernel':<34}{'shape':<26}{'chip':<6}{_NUMBERS}  bound   matrix instructions"
 
 
 def main() -> int:

@@ -91,7 +91,7 @@ def row(case: CompileCase, chip: Chip, memory: Any, kernels: list[dict[str, Any]
 
 
 def serve(compile_case: Callable[[CompileCase, str, str], dict[str, Any]], arguments: Sequence[str]) -> None:
-    """Answer each index of a case on stdin with its row, a line of JSON on stdout. `arguments`: target, folder for dumps, modules of cases."""
+    """Answer each index of a case on stdin with its row, a line of JSON on stdout. `arguments`: target, folder of dumps, modules."""
     target, folder, *modules = arguments
     cases = collect(modules)
     answers = os.fdopen(os.dup(1), "w")
@@ -112,13 +112,18 @@ def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(lines[:3])}"[:400]
 
 
+def is_named(compiled: str, name: str) -> bool:
+    """Return whether a compiled kernel's name is that of a `pallas_call`, perhaps with its transformations around and a number behind."""
+    return re.fullmatch(r"(\w*_)?" + re.sub(r"\W", "_", name) + r"_*([._]\d+)?", compiled) is not None
+
+
 def loop_weights(length: int, loops: Iterable[tuple[int, int]], kernel: Any) -> tuple[list[int], bool]:
     """Return how often each of the lines of a listing runs, and whether that is known.
 
     Loops are (first, last) lines; the n-th to start is the n-th loop of the kernel's jaxpr, whose length is known if it is a scan. A
     compiler that unrolled or merged loops leaves another number of them: then each counts once, and the answer is a lower bound.
     """
-    lengths = [e.params.get("length") for e in equations(kernel) if e.primitive.name in ("scan", "while")]
+    lengths: list[Any] = [e.params.get("length") for e in equations(kernel) if e.primitive.name in ("scan", "while")]
     loops, weights = sorted(set(loops)), [1] * length
     known = not loops or (len(loops) == len(lengths) and None not in lengths)
     for (first, last), turns in zip(loops, lengths, strict=False) if known else ():

@@ -10,13 +10,13 @@ The estimate of a kernel is the largest of five bounds, counted over the PTX wit
 import functools
 import math
 import os
+import pathlib
 import re
 import subprocess
 import sys
 from typing import Any
 
 import jax
-import numpy as np
 from jax.experimental import topologies
 from jax.sharding import AbstractMesh, AxisType, SingleDeviceSharding
 
@@ -25,7 +25,7 @@ from pallas_kernels.aot import case as gates
 
 CHIPS = {"h200": gates.Chip(bandwidth=4.3e12, flops=7.9e14, clock=1.755e9, cores=132)}
 """Bandwidth and FLOP/s as measured on an H200."""
-_L2_BANDWIDTH = 6.9e12
+_L2_BANDWIDTH = 8e12
 _MATRIX_RATE = {"bf16": 2048, "f16": 2048, "tf32": 1024, "e4m3": 4096, "e5m2": 4096, "s8": 4096}
 """Multiply-adds of an SM per cycle with wgmma; mma.sync reaches half."""
 _BARRIER, _WAIT, _START = 30, 64, 2000
@@ -96,7 +96,7 @@ def resources(ptx: str, folder: str) -> dict[str, dict[str, int]]:
 
 
 def count(ptx: str, kernel: Any) -> dict[str, Any]:
-    """Return what one warp of a kernel executes: instructions, matrix instructions by name, barriers, waits, and the bytes a thread moves."""
+    """Return what a warp of a kernel executes: instructions, matrix instructions by name, barriers, waits, and the bytes a thread moves."""
     lines = [line.strip() for line in ptx.splitlines()]
     labels = {line[:-1]: at for at, line in enumerate(lines) if re.fullmatch(r"\$\w+:", line)}
     branches = [(labels[to], at) for at, line in enumerate(lines) for to in re.findall(r"\bbra(?:\.uni)?\s+(\$\w+);", line)]
@@ -154,11 +154,8 @@ def compile_case(case: gates.CompileCase, target: str, folder: str) -> dict[str,
     with compat.compiling_for(target), jax.sharding.use_abstract_mesh(_abstract_mesh()):
         traced = program.trace(*case.arguments)
         compiled = traced.lower(lowering_platforms=("cuda",)).compile(compiler_options={"xla_allow_excess_precision": False})
-    text = {
-        name: open(os.path.join(folder, name), encoding="utf-8").read()
-        for name in os.listdir(folder)
-        if name.endswith((".ptx", "thunk_sequence.txt"))
-    }
+    dumps = [path for path in pathlib.Path(folder).iterdir() if path.name.endswith((".ptx", "thunk_sequence.txt"))]
+    text = {path.name: path.read_text(encoding="utf-8") for path in dumps}
     parts = {}
     reports: dict[str, dict[str, int]] = {}
     for name, ptx in text.items():
@@ -170,15 +167,15 @@ def compile_case(case: gates.CompileCase, target: str, folder: str) -> dict[str,
     for equation in compat.equations(traced.jaxpr):
         if equation.primitive.name != "pallas_call":
             continue
-        name = re.sub(r"\W", "_", equation.params["name"])
-        launch = next((launch for launch in launches if re.sub(r"_\d+$", "", launch[0]) == re.sub(r"_\d+$", "", name)), None)
+        name = equation.params["name"]
+        launch = next((launch for launch in launches if gates.is_named(launch[0], name)), None)
         if launch is None:
             continue  # an equal kernel was listed, or nothing uses it
         launches.remove(launch)
         grid, threads, shared = tuple(map(int, launch[1:4])), int(launch[4]), int(launch[5])
         counted, report = count(parts[launch[0]], equation.params["jaxpr"]), reports[launch[0]]
-        cost, arrays = equation.params["cost_estimate"], equation.invars + equation.outvars
-        moved = cost.bytes_accessed if cost else sum(x.aval.size * x.aval.dtype.itemsize for x in arrays)
+        cost, arrays = equation.params["cost_estimate"], [x.aval for x in (*equation.invars, *equation.outvars)]
+        moved = cost.bytes_accessed if cost else sum(x.size * x.dtype.itemsize for x in arrays)  # pyright: ignore[reportAttributeAccessIssue]
         times = bounds(counted, math.prod(grid), threads, report["registers"], shared, moved)
         record = {"kernel": name, "grid": grid, "threads": threads, "memory": shared, "moved": moved}
         record |= {key: counted[key] for key in ("known", "issued", "instructions")} | report

@@ -105,14 +105,16 @@ def compile_case(case: gates.CompileCase, target: str, folder: str) -> dict[str,
         compiled = traced.lower().compile(compiler_options={"xla_allow_excess_precision": False})
     bundles, units = (_listing(folder, name) for name in ("packed-bundles-post-ra.txt", "pre-delay_hlo-static-per-bundle-utilization.txt"))
     vmem = dict(
-        re.findall(r'%([\w.\-]+) = [^\n]*"tpu_custom_call"[^\n]*"used_scoped_memory_configs":\[\{[^}]*"size":"(\d+)"', compiled.as_text())
+        re.findall(
+            r'%([\w.\-]+) = [^\n]*"tpu_custom_call"[^\n]*"used_scoped_memory_configs":\[\{[^}]*"size":"(\d+)"', compiled.as_text() or ""
+        )
     )
     kernels = []
     for equation in compat.equations(traced.jaxpr):
         if equation.primitive.name != "pallas_call":
             continue
         name, mapping, semantics = (equation.params[key] for key in ("name", "grid_mapping", "compiler_params"))
-        hlo = next((n for n in bundles if re.sub(r"\.\d+$", "", n) == name), None)
+        hlo = next((n for n in bundles if gates.is_named(n, name)), None)
         if hlo is None:
             continue  # an equal kernel was listed, or nothing uses it
         grid, semantics = tuple(mapping.grid), getattr(semantics, "dimension_semantics", None) or ()

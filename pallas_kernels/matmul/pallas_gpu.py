@@ -15,6 +15,8 @@ from pallas_kernels import tiles
 from pallas_kernels.compat import interpreted
 from pallas_kernels.matmul import pallas
 
+_WIDE = 4096
+
 
 def _kernel(a_ref, b_ref, out_ref, *, axes, shape, tile):
     num_rows, terms, columns = shape
@@ -49,10 +51,10 @@ def _kernel(a_ref, b_ref, out_ref, *, axes, shape, tile):
 
 
 def product(a, b, axes, dtype, aligned):
-    """Return the product of two matrices over axis axes[0] of a and axes[1] of b; its tile depends on b alone, aligned or not."""
+    """Return the product of two matrices over axis axes[0] of a and axes[1] of b; its tile depends on b alone if aligned."""
     (num_rows, terms), columns = (a.shape[1 - axes[0]], a.shape[axes[0]]), b.shape[1 - axes[1]]
-    tables = (tiles.MATMUL_GPU, tiles.MATMUL_GPU_NARROW) if a.dtype == jnp.bfloat16 else (tiles.MATMUL_GPU_FP32,) * 2
-    tile = tiles.of(tables[columns < 4096])
+    table = tiles.MATMUL_GPU_NARROW if aligned and columns < _WIDE else tiles.MATMUL_GPU
+    tile = tiles.of(table if a.dtype == jnp.bfloat16 else tiles.MATMUL_GPU_FP32)
     a_spec = pl.BlockSpec((tile.rows, terms), lambda m, n: (m, 0)) if axes[0] else pl.BlockSpec((terms, tile.rows), lambda m, n: (0, m))
     b_spec = (
         pl.BlockSpec((tile.columns, terms), lambda m, n: (n, 0)) if axes[1] else pl.BlockSpec((terms, tile.columns), lambda m, n: (0, n))

@@ -43,12 +43,10 @@ def _kernel(a_ref, b_ref, out_ref, *scratch, axes, num_parts):
 
 
 def _blocks(terms: int, columns: int, itemsize: int, tile: tiles.MatmulTpu) -> tuple[int, int]:
-    """Return columns and terms of a block of w: all terms if half the columns or more then fit in VMEM twice, else parts of the sum."""
-    width = min(tile.columns, columns)
-    while width * terms * itemsize * 2 > tile.resident and width > tile.columns // 2:
-        width = -(-width // 2 // _LANES) * _LANES
-    if width * terms * itemsize * 2 <= tile.resident:
-        return width, terms
+    """Return columns and terms of a block of w: all terms if two blocks of a tile's columns or half of them then fit, else parts."""
+    for width in (tile.columns, tile.columns // 2):
+        if min(width, columns) * terms * itemsize * 2 <= tile.resident:
+            return min(width, columns), terms
     parts = range(tile.depth, tile.depth // 4 - 1, -_LANES)
     return min(tile.columns, columns), min(parts, key=lambda part: -(-terms // part) * part)  # the least padding, then the longest
 

@@ -60,8 +60,11 @@ def scaled_matmul(a, b, *, out_dtype, aligned):
     del aligned
     if platform() != "gpu":
         raise NotImplementedError("jax-triton runs on a GPU only")
-    if not hasattr(jax_triton, "TensorDescriptor"):
-        raise NotImplementedError(f"jax-triton {jax_triton.__version__} cannot pass tensor descriptors (0.4 can)")
+    version, name = jax_triton.__version_info__[:3], f"jax-triton {jax_triton.__version__}"
+    if version < (0, 4, 0):
+        raise NotImplementedError(f"{name} cannot pass tensor descriptors (0.4 can)")
+    if version <= (0, 4, 1) and jax.__version_info__ >= (0, 12, 0):
+        raise NotImplementedError(f"{name} fails under jit with jax {jax.__version__}")
     rows, columns = a.values.shape[0], b.values.shape[0]
     size = tiles.of(tiles.SCALED_MATMUL_GPU)
     a, b = tile.padded(a, size.rows), tile.padded(b, size.columns)

@@ -9,48 +9,87 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pallas_kernels import compat
 from pallas_kernels.matmul import ROW_TILE, map_row_tiles, matmul, reference, row_tiled
+from pallas_kernels.matmul.api import IMPLEMENTATIONS
 from pallas_kernels.matmul.cases import TEST_CASES, Case, inputs
 from tests.pallas_kernels.programs import DTYPES, in_float64, jit, random_like, with_gradients
 from tests.pallas_kernels.tolerances import assert_close, assert_same_bits
 
 ROW_COUNTS = (1, 8, ROW_TILE - 1, ROW_TILE, ROW_TILE + 1, 64, 200, 300)
+FEW_COUNTS = (1, ROW_TILE + 1, 200)
 truth = with_gradients(reference.matmul)
-aligned = jit(functools.partial(matmul, aligned=True))
+aligned = {name: jit(functools.partial(matmul, aligned=True, implementation=name)) for name in IMPLEMENTATIONS}
+every_implementation = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 
 
+@every_implementation
 @pytest.mark.parametrize("is_aligned", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", TEST_CASES)
-def test_value_and_gradients(name, dtype, is_aligned):
+def test_value_and_gradients(name, dtype, is_aligned, implementation):
+    """Of an interpreted kernel, too: what it does not write, or reads from outside of a matrix, is NaN there."""
     dtype = DTYPES[dtype]
     x, w = inputs(TEST_CASES[name], dtype)
     cotangent = random_like(jax.eval_shape(matmul, x, w))
-    actual = jit(with_gradients(functools.partial(matmul, aligned=is_aligned)))((x, w), cotangent)
+    actual = jit(with_gradients(functools.partial(matmul, aligned=is_aligned, implementation=implementation)))((x, w), cotangent)
     assert_close(actual, in_float64(truth, (x, w), cotangent), dtype)
 
 
+@every_implementation
 @pytest.mark.parametrize("is_aligned", [False, True])
-def test_out_dtype_keeps_the_accumulator(is_aligned):
+def test_out_dtype_keeps_the_accumulator(is_aligned, implementation):
     x, w = inputs(TEST_CASES["odd_rows"], jnp.bfloat16)
-    y = jit(functools.partial(matmul, aligned=is_aligned, out_dtype=jnp.float32))(x, w)
+    y = jit(functools.partial(matmul, aligned=is_aligned, out_dtype=jnp.float32, implementation=implementation))(x, w)
     assert_close(y, in_float64(reference.matmul, x, w), jnp.float32)
 
 
-@pytest.mark.parametrize("columns", [8, 40])
+@every_implementation
+@pytest.mark.parametrize(("terms", "columns"), [(96, 8), (96, 40), (400, 150)])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_rows_do_not_depend_on_how_many_there_are(columns, dtype):
-    x, w = inputs(Case((max(ROW_COUNTS),), 96, columns), DTYPES[dtype])
-    y = aligned(x, w)
-    for num in ROW_COUNTS:
-        assert_same_bits(aligned(x[:num], w), y[:num])
-        assert_same_bits(aligned(x[-num:], w), y[-num:])  # at another place in their tiles
+def test_rows_do_not_depend_on_how_many_there_are(terms, columns, dtype, implementation):
+    x, w = inputs(Case((max(ROW_COUNTS),), terms, columns), DTYPES[dtype])
+    run = aligned[implementation]
+    y = run(x, w)
+    for num in ROW_COUNTS if implementation == "xla" else FEW_COUNTS:
+        assert_same_bits(run(x[:num], w), y[:num])
+        assert_same_bits(run(x[-num:], w), y[-num:])  # at another place in their tiles
 
 
+@pytest.mark.parametrize("implementation", ["pallas_tpu", "pallas_gpu"])
+@settings(deadline=None, max_examples=5)
+@given(
+    num=st.integers(1, 70), terms=st.integers(1, 300), columns=st.integers(1, 200), aligned=st.booleans(), seed=st.integers(0, 2**32 - 1)
+)
+def test_any_shape(num, terms, columns, aligned, seed, implementation):
+    """Small whole numbers: every sum is exact, whatever its order, so not one product may be missing or taken in twice."""
+    rng = np.random.default_rng(seed)
+    x, w, dy = (rng.integers(-3, 4, shape).astype(np.float32) for shape in ((num, terms), (terms, columns), (num, columns)))
+    y, gradients = with_gradients(functools.partial(matmul, aligned=aligned, implementation=implementation))((x, w), jnp.asarray(dy))
+    for actual, expected in zip((y, *gradients), (x @ w, dy @ w.T, x.T @ dy), strict=True):
+        np.testing.assert_array_equal(actual, expected)
+
+
+@pytest.mark.parametrize("kind", ["v5e", "v5p", "v6e", "h200"])
+def test_one_tile_for_any_number_of_rows(kind):
+    """The kernel's jaxpr and its blocks are the same for 1 and 8192 rows: only the grid differs."""
+
+    def kernel(num):
+        arguments = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((num, 2048), (2048, 6144)))
+        with compat.compiling_for(kind):
+            jaxpr = jax.make_jaxpr(lambda x, w: matmul(x, w, aligned=True))(*arguments)
+        (call,) = (e for e in compat.equations(jaxpr) if e.primitive.name == "pallas_call")
+        assert not call.params["interpret"]
+        return [str(block.block_aval) for block in call.params["grid_mapping"].block_mappings]
+
+    assert kernel(64) == kernel(256) == kernel(8192)
+
+
+@every_implementation
 @pytest.mark.parametrize("num", [1, 130])
-def test_rows_do_not_depend_on_what_stands_around_the_product(num):
+def test_rows_do_not_depend_on_what_stands_around_the_product(num, implementation):
     x, w = inputs(Case((num,), 96, 8), jnp.bfloat16)
-    product = functools.partial(matmul, aligned=True, out_dtype=jnp.float32)
+    product = functools.partial(matmul, aligned=True, out_dtype=jnp.float32, implementation=implementation)
     inside = jit(lambda x, w: (product(2 * x, w), jax.nn.silu(product(2 * x, w)) + 1))
     assert_same_bits(inside(x, w)[0], jit(product)(2 * x, w))
 
@@ -93,28 +132,32 @@ def epilogue_inputs(num, dtype=jnp.float32):
     return x, w, *row_inputs(max(ROW_COUNTS))[1:]
 
 
-fused = lambda x, w, gate, weight, how: matmul(x, w, gated_sum, rows=[gate[: len(x)]], weights=[weight], aligned=how)
+def fused(x, w, gate, weight, how, implementation):
+    return matmul(x, w, gated_sum, rows=[gate[: len(x)]], weights=[weight], aligned=how, implementation=implementation)
 
 
+@every_implementation
 @pytest.mark.parametrize("is_aligned", [False, True])
 @pytest.mark.parametrize("num", [1, 70])
-def test_epilogue_value_and_gradients(num, is_aligned):
+def test_epilogue_value_and_gradients(num, is_aligned, implementation):
     arguments = epilogue_inputs(num)
     plain = lambda x, w, gate, weight: gated_sum(reference.matmul(x, w), gate[: len(x)], weight)
     cotangents = random_like(jax.eval_shape(plain, *arguments))
-    actual = jit(with_gradients(functools.partial(fused, how=is_aligned)))(arguments, cotangents)
+    actual = jit(with_gradients(functools.partial(fused, how=is_aligned, implementation=implementation)))(arguments, cotangents)
     assert_close(actual, in_float64(with_gradients(plain), arguments, cotangents), jnp.float32)
 
 
+@every_implementation
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_epilogue_rows_do_not_depend_on_how_many_there_are(dtype):
+def test_epilogue_rows_do_not_depend_on_how_many_there_are(dtype, implementation):
     """Nor on whether the gradient keeps the product."""
     x, *others = epilogue_inputs(max(ROW_COUNTS), DTYPES[dtype])
-    run = jit(functools.partial(fused, how=True))
+    aligned_fused = functools.partial(fused, how=True, implementation=implementation)
+    run = jit(aligned_fused)
     everything = run(x, *others)
-    kept = jit(lambda *arguments: jax.vjp(functools.partial(fused, how=True), *arguments))(x, *others)[0]
+    kept = jit(lambda *arguments: jax.vjp(aligned_fused, *arguments))(x, *others)[0]
     assert_same_bits(kept, everything)
-    for num in ROW_COUNTS:
+    for num in ROW_COUNTS if implementation == "xla" else FEW_COUNTS:
         assert_same_bits(run(x[:num], *others), jax.tree.map(lambda y, num=num: y[:num], everything))
 
 
@@ -131,7 +174,7 @@ def test_map_row_tiles_sees_whole_tiles_padded_with_zeros():
 
 
 def test_unknown_implementation_names_the_known_ones():
-    with pytest.raises(ValueError, match="no implementation 'cuda'; it has xla"):
+    with pytest.raises(ValueError, match="no implementation 'cuda'; it has xla, pallas_tpu, pallas_gpu"):
         matmul(jnp.ones((1, 2)), jnp.ones((2, 1)), implementation="cuda")
 
 
@@ -140,4 +183,4 @@ def test_unknown_implementation_names_the_known_ones():
 def test_permuted_rows_give_the_permuted_product(num, columns, seed):
     x, w = inputs(Case((num,), 96, columns), jnp.float32, seed)
     order = np.random.default_rng(seed).permutation(num)
-    assert_same_bits(aligned(x[order], w), np.asarray(aligned(x, w))[order])
+    assert_same_bits(aligned["xla"](x[order], w), np.asarray(aligned["xla"](x, w))[order])

@@ -1,0 +1,144 @@
+"""The compile gates: one cheap case of each kernel and chip through the real compilers, and what the gates make of a row."""
+
+import json
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.experimental import pallas as pl
+
+from pallas_kernels import compat
+from pallas_kernels.aot import __main__ as command
+from pallas_kernels.aot import case as gates
+from pallas_kernels.aot import gpu, tpu
+
+CASE = gates.CompileCase("op", "shape", ("v5p",), lambda: None, (), bytes=1.0, flops=1.0)
+KERNEL = {"kernel": "op", "registers": 200, "spills": 0, "instructions": {"wgmma.m64n128k16": 4}}
+ROW = {"kernels": [KERNEL], "estimate": 1.1, "floor": 1.0, "memory": 2.0**30}
+needs_compilers = pytest.mark.skipif(not os.access(command.PYTHON, os.X_OK), reason=f"{command.PYTHON} is missing: make env-gates")
+
+
+@needs_compilers
+@pytest.mark.parametrize("target", gates.PLATFORMS)
+def test_quick_cases_pass_their_gates(target, tmp_path):
+    arguments = ["--quick", "--target", target, "--json", str(tmp_path / "rows.json")]
+    done = subprocess.run([sys.executable, "-m", "pallas_kernels.aot", *arguments], cwd=command.ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    kernels = {case.kernel.split(".")[0] for case in gates.collect(gates.op_modules()) if target in case.targets}
+    assert {row["kernel"].split(".")[0] for row in rows} == kernels
+    assert all(kernel["known"] and kernel["estimate"] > 0 and kernel["instructions"] for row in rows for kernel in row["kernels"])
+
+
+BROKEN = """
+import os
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from pallas_kernels.aot.case import CompileCase
+
+def too_large(x):
+    copy = lambda x_ref, y_ref: y_ref.__setitem__(..., x_ref[...])
+    return pl.pallas_call(copy, out_shape=jax.ShapeDtypeStruct(x.shape, x.dtype), name="copy")(x)
+
+def compile_cases():
+    for name, program in {"too large": too_large, "crash": lambda x: os._exit(7), "fine": too_large}.items():
+        x = jax.ShapeDtypeStruct((8, 128) if name == "fine" else (16384, 4096), jnp.float32)
+        yield CompileCase("broken", name, ("v5p",), program, (x,), bytes=2.0 * x.size, flops=0.0)
+"""
+
+
+@needs_compilers
+def test_errors_and_crashes_are_rows(tmp_path):
+    (tmp_path / "broken_cases.py").write_text(BROKEN)
+    arguments = ["--cases", "broken_cases", "--json", str(tmp_path / "rows.json")]
+    environment = os.environ | {"PYTHONPATH": f"{command.ROOT}:{tmp_path}"}
+    done = subprocess.run(
+        [sys.executable, "-m", "pallas_kernels.aot", *arguments], env=environment, cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 1, done.stdout + done.stderr
+    too_large, crash, fine = json.loads((tmp_path / "rows.json").read_text())
+    assert "vmem" in too_large["error"].lower()
+    assert "status 7" in crash["error"]
+    assert not fine["failed"]
+
+
+@pytest.mark.parametrize(
+    ("change", "case", "said"),
+    [
+        ({}, {"floor_ratio": 1.2, "instruction": "wgmma.*n128", "memory": 2.0**30}, None),
+        ({"error": "XlaRuntimeError: no"}, {}, "XlaRuntimeError: no"),
+        ({"kernels": []}, {}, "no kernel in the program"),
+        ({"kernels": [KERNEL | {"spills": 8}]}, {}, "op spills 8 bytes"),
+        ({}, {"instruction": "n256"}, "no n256 but wgmma.m64n128k16"),
+        ({}, {"floor_ratio": 1.05}, "estimate is 1.10 of the floor, over 1.05"),
+        ({}, {"memory": 2.0**29}, "takes 1024 MiB, over 512"),
+    ],
+)
+def test_gates(change, case, said):
+    assert gates.failures(CASE._replace(**case), ROW | change) == ([said] if said else [])
+
+
+def test_a_missing_environment_is_one_line():
+    done = subprocess.run(
+        [sys.executable, "-m", "pallas_kernels.aot", "--python", "/nowhere"], cwd=command.ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 2
+    assert done.stderr == "/nowhere is missing: `make env-gates` makes it, --python or RING_JAX_GATES_PYTHON names another\n"
+
+
+def looping(x_ref, y_ref):
+    y_ref[...] = jax.lax.fori_loop(0, 5, lambda i, y: jax.lax.fori_loop(0, 3, lambda j, y: y + x_ref[...], y), x_ref[...])
+
+
+def call_of(kernel, grid=(2, 3, 4), index=lambda i, j, k: (i, j)):
+    block = pl.BlockSpec((8, 128), index)
+    call = pl.pallas_call(kernel, grid=grid, in_specs=[block], out_specs=block, out_shape=jax.ShapeDtypeStruct((16, 384), jnp.float32))
+    (equation,) = (e for e in compat.equations(jax.make_jaxpr(call)(jnp.ones((16, 384)))) if e.primitive.name == "pallas_call")
+    return equation.params
+
+
+def test_loops_count_as_often_as_they_turn():
+    kernel = call_of(looping)["jaxpr"]
+    assert gates.loop_weights(6, [(1, 4), (2, 3)], kernel) == ([1, 5, 15, 15, 5, 1], True)
+    assert gates.loop_weights(6, [(1, 4)], kernel) == ([1] * 6, False)
+    assert gates.loop_weights(6, [], kernel) == ([1] * 6, True)
+
+
+@pytest.mark.parametrize(
+    ("index", "times"),
+    [(lambda i, j, k: (i, j), 6), (lambda i, j, k: (i, 0), 2), (lambda i, j, k: (0, 0), 1), (lambda i, j, k: (0, k // 2), 24)],
+)
+def test_blocks_move_when_their_index_changes(index, times):
+    assert tpu.moved_bytes((2, 3, 4), call_of(looping, index=index)["grid_mapping"]) == 2 * times * 8 * 128 * 4
+
+
+PTX = """
+    ld.global.v4.b32 {%r1, %r2, %r3, %r4}, [ %rd1 + 0 ];
+$L__BB0_1:
+    cp.async.cg.shared.global [ %r16 + 0 ], [ %rd13 + 0 ], 0x10, %r17;
+    mov.b32 %r88, %r92;
+    wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {%r1}, %rd1, %rd2, %p1, 1, 1, 0, 1;
+    wgmma.wait_group.sync.aligned 0;
+    @%p5 bra $L__BB0_1;
+    st.global.b16 [ %rd1 + 0 ], %r1;
+"""
+
+
+def test_ptx_is_counted_with_its_loops():
+    def kernel(x_ref, y_ref):
+        y_ref[...] = jax.lax.fori_loop(0, 10, lambda i, y: y + x_ref[...], x_ref[...])
+
+    counted = gpu.count(PTX, call_of(kernel)["jaxpr"])
+    assert counted["instructions"] == {"wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16": 10}
+    assert (counted["bytes"], counted["issued"], counted["stalls"]) == (16 + 160 + 2, 2 + 40, 640)
+    assert (counted["known"], counted["overlapped"]) == (True, False)
+
+
+def test_matrix_instructions_take_their_cycles():
+    assert gpu.matrix_cycles("wgmma.mma_async.sync.aligned.m64n256k16.f32.bf16.bf16", warps=8) == 256
+    assert gpu.matrix_cycles("wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.e4m3", warps=4) == 64
+    assert gpu.matrix_cycles("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32", warps=4) == 8
