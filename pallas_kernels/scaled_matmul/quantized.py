@@ -8,7 +8,8 @@ A group is 128 entries along K, the axis that a product contracts, of one row; o
 
 - A power-of-two scale is the least that keeps the group within 448: multiplying by it is exact, and up to one bit of range is lost.
 - A group of zeros has the smallest scale, 2**-126, and so has one whose largest magnitude is below 448 * 2**-126: smaller scales would
-  be fp32 denormals, which some platforms flush to zero. Values below a group's 2**-10 scale units round to zero.
+  be fp32 denormals, which some platforms flush to zero. Entries of at most 2**-10 scales round to zero. A product flushes where the product
+  of two scales is below 2**-126, so results below some 1e-30 may vanish.
 - Finite entries never exceed 448: x / scale is clipped there, as platforms differ in what they convert larger values to.
 - NaN and infinite entries become NaN. They do not count for the scale, so their neighbours keep their values, and in a product exactly
   those sums are NaN that an entry enters: a run that diverges shows it, where saturation would hide it.
@@ -38,7 +39,7 @@ class Quantized(NamedTuple):
 
     @property
     def transposed(self) -> "Quantized":
-        """The same numbers contracted along the other axis: only blocks can be."""
+        """Return the same numbers contracted along the other axis: only blocks can be."""
         return Quantized(self.values.T, self.scales.T)
 
 
