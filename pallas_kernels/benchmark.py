@@ -21,7 +21,8 @@ MAX_COPIES = 16
 class Problem(NamedTuple):
     """One case: its implementations in one signature, and what it costs at least.
 
-    inputs(seed) returns the arguments; those named by `differentiable` (positions) get a gradient, the others are constants.
+    inputs(seed) returns the arguments; those named by `differentiable` (positions) get a gradient, the others are constants. Without
+    any the forward alone is timed.
     truth is the reference, run in float64. flops and bytes are (forward, backward) of the op itself, whoever computes it.
     host are implementations outside of JAX: functions of numpy arrays, timed forward only.
     """
@@ -101,7 +102,8 @@ def measure(problem: Problem, dtype: str, seconds: float) -> Iterator[dict[str, 
     out = jax.eval_shape(next(iter(problem.implementations.values())), *arguments[0])
     cotangent = jnp.asarray(np.random.default_rng(0).standard_normal(out.shape), out.dtype)
     options = {"xla_allow_excess_precision": False}
-    for direction, wrap in enumerate((lambda f: f, lambda f: _with_gradients(f, problem.differentiable))):
+    directions = (lambda f: f, lambda f: _with_gradients(f, problem.differentiable))
+    for direction, wrap in enumerate(directions[: 2 if problem.differentiable else 1]):
         lead = (cotangent,) if direction else ()
         programs = {name: jax.jit(wrap(f), compiler_options=options) for name, f in problem.implementations.items()}
         with jax.enable_x64(True):

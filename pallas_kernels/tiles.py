@@ -75,6 +75,23 @@ LIGHTNING_TPU = MappingProxyType(
         "v5p": LightningTpu(8, 16, 256, 2, 64 * _MIB),
         "v6e": LightningTpu(8, 16, 256, 1, 64 * _MIB),
         "cpu": LightningTpu(2, 2, 128, 1, 64 * _MIB),
+
+
+class ScaledMatmulTpu(NamedTuple):
+    """Rows, columns and terms of a sum of a step at most (whole groups of 128), and VMEM for all of it."""
+
+    rows: int
+    columns: int
+    depth: int
+    vmem: int
+
+
+SCALED_MATMUL_TPU = MappingProxyType(
+    {
+        "v5p": ScaledMatmulTpu(1024, 1024, 512, 32 * _MIB),
+        "v6e": ScaledMatmulTpu(1024, 1024, 512, 32 * _MIB),
+        "v5e": ScaledMatmulTpu(1024, 1024, 512, 32 * _MIB),
+        "cpu": ScaledMatmulTpu(128, 128, 256, 32 * _MIB),
     }
 )
 
@@ -90,3 +107,21 @@ class LightningGpu(NamedTuple):
 LIGHTNING_GPU = MappingProxyType({"h200": LightningGpu(64, 4, 3), "cpu": LightningGpu(16, 4, 1)})
 LIGHTNING_GPU_BACKWARD = MappingProxyType({"h200": LightningGpu(64, 4, 3), "cpu": LightningGpu(16, 4, 1)})
 LIGHTNING_GPU_DECODE = MappingProxyType({"h200": LightningGpu(64, 4, 1), "cpu": LightningGpu(16, 4, 1)})
+
+
+class ScaledMatmulGpu(NamedTuple):
+    """A program's tile of the result (128 columns, so that blocks have one scale), its warps and stages, tiles of rows of a band."""
+
+    rows: int
+    columns: int
+    warps: int
+    stages: int
+    band: int
+
+
+SCALED_MATMUL_GPU = MappingProxyType(
+    {
+        "h200": ScaledMatmulGpu(rows=128, columns=128, warps=8, stages=3, band=8),
+        "cpu": ScaledMatmulGpu(rows=128, columns=128, warps=8, stages=3, band=2),
+    }
+)

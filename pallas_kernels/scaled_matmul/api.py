@@ -1,0 +1,98 @@
+"""FP8 products: the op on quantised operands, quantisation, and the differentiable product built on them."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+from pallas_kernels import dispatch
+from pallas_kernels.scaled_matmul import pallas_gpu, pallas_tpu, xla
+from pallas_kernels.scaled_matmul.quantized import GROUP, Quantized, quantize
+
+
+def _jax_triton(*args, **kwargs):
+    """The jax-triton kernel, if it can be imported: it is an extra, and refuses to without a CUDA plugin."""
+    try:
+        from pallas_kernels.scaled_matmul import jax_triton
+    except (ImportError, ValueError) as error:
+        raise NotImplementedError(f"jax-triton cannot be imported: {str(error).splitlines()[0]}") from error
+    return jax_triton.scaled_matmul(*args, **kwargs)
+
+
+IMPLEMENTATIONS = {
+    "xla": xla.scaled_matmul,
+    "pallas_tpu": pallas_tpu.scaled_matmul,
+    "pallas_gpu": pallas_gpu.scaled_matmul,
+    "jax_triton": _jax_triton,
+}
+
+
+def scaled_matmul(
+    a: Quantized, b: Quantized, *, out_dtype: DTypeLike = jnp.float32, aligned: bool = False, implementation: str = "auto"
+) -> Float[Array, "M N"]:
+    """Return the product [M, N] of a [M, K] and b [N, K], both contracted along their last axis, accumulated in fp32 and cast once.
+
+    a has a scale for each row and 128 columns, b either that or one for each 128 x 128 block. The sums over 128 columns are the matrix
+    unit's; they are scaled and added up in fp32. No size has to be a multiple of 128. With `aligned` a row of the result has the same
+    bits whatever rows stand beside it; the kernels always promise that. Not differentiable: see `fp8_matmul`.
+    """
+    depth = a.values.shape[1]
+    for x, name, layouts in ((a, "a", (1,)), (b, "b", (1, GROUP))):
+        rows = x.values.shape[0]
+        shapes = [(-(-depth // GROUP), -(-rows // height)) for height in layouts]
+        if x.values.shape[1] != depth or x.scales.shape not in shapes:
+            wanted = " or ".join(map(str, shapes))
+            raise ValueError(f"{name} is {x.values.shape} with scales {x.scales.shape}; expected ({rows}, {depth}) with scales {wanted}")
+    return dispatch.call("scaled_matmul", IMPLEMENTATIONS, implementation, a, b, out_dtype=out_dtype, aligned=aligned)
+
+
+def fp8_matmul(
+    x: Float[Array, "*rows K"],
+    w: Float[Array, "K N"],
+    *,
+    out_dtype: DTypeLike | None = None,
+    power_of_two: bool = False,
+    aligned: bool = False,
+    implementation: str = "auto",
+) -> Float[Array, "*rows N"]:
+    """Return x @ w [*rows, N] of operands quantised to FP8: x per row and 128 columns, w per 128 x 128 block (default dtype: that of x).
+
+    Its gradients are FP8 products as well: dx = dy w^T with dy quantised per row and 128 columns of N and the forward's blocks of w,
+    dw = x^T dy with both quantised along the rows. The forward keeps x and w in FP8 only. Other arguments as in `scaled_matmul`,
+    which also promises the rows' bits; gradients promise none.
+    """
+    flat = x.reshape(-1, x.shape[-1])
+    y: jax.Array = _fp8_matmul(flat, w, jnp.dtype(out_dtype or x.dtype), power_of_two, aligned, implementation)  # pyright: ignore
+    return y.reshape(*x.shape[:-1], w.shape[1])
+
+
+def _product(x, w, out_dtype, power_of_two, aligned, implementation):
+    """The product, and the blocks of w, [N, K]."""
+    blocks = quantize(w, block=True, transpose=True, power_of_two=power_of_two)
+    rows = quantize(x, power_of_two=power_of_two)
+    return scaled_matmul(rows, blocks, out_dtype=out_dtype, aligned=aligned, implementation=implementation), blocks
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4, 5))
+def _fp8_matmul(x, w, out_dtype, power_of_two, aligned, implementation):
+    return _product(x, w, out_dtype, power_of_two, aligned, implementation)[0]
+
+
+def _forward(x, w, out_dtype, power_of_two, aligned, implementation):
+    y, blocks = _product(x, w, out_dtype, power_of_two, aligned, implementation)
+    like = jnp.zeros(0, x.dtype), jnp.zeros(0, w.dtype)
+    return y, (quantize(x, transpose=True, power_of_two=power_of_two), blocks, *like)
+
+
+def _backward(out_dtype, power_of_two, aligned, implementation, residuals, dy):
+    columns, blocks, *like = residuals
+    x_dtype, w_dtype = (x.dtype for x in like)
+    rows = quantize(dy, power_of_two=power_of_two)
+    dx = scaled_matmul(rows, blocks.transposed, out_dtype=x_dtype, implementation=implementation)
+    dy_columns = quantize(dy, transpose=True, power_of_two=power_of_two)
+    return dx, scaled_matmul(columns, dy_columns, out_dtype=w_dtype, implementation=implementation)
+
+
+_fp8_matmul.defvjp(_forward, _backward)

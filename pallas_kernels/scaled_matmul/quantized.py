@@ -1,0 +1,77 @@
+"""FP8 values with scales: e4m3fn has three bits of mantissa, exponents from 2**-6 (denormals from 2**-9) to 448, NaN and no infinity.
+
+Of a group of entries of x that share a scale:
+
+    scale = max(max|x| / 448, 2**-126)        value = e4m3(x / scale), to nearest, ties to even        x ~ value * scale
+
+A group is 128 entries along K, the axis that a product contracts, of one row; or a 128 x 128 block. The last one may be shorter.
+
+- A power-of-two scale is the least that keeps the group within 448: multiplying by it is exact, and up to one bit of range is lost.
+- A group of zeros has the smallest scale, 2**-126, and so has one whose largest magnitude is below 448 * 2**-126: smaller scales would
+  be fp32 denormals, which some platforms flush to zero. Entries of at most 2**-10 scales round to zero. A product flushes where the product
+  of two scales is below 2**-126, so results below some 1e-30 may vanish.
+- Finite entries never exceed 448: x / scale is clipped there, as platforms differ in what they convert larger values to.
+- NaN and infinite entries become NaN. They do not count for the scale, so their neighbours keep their values, and in a product exactly
+  those sums are NaN that an entry enters: a run that diverges shows it, where saturation would hide it.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
+
+GROUP = 128
+"""Entries of K that share a scale, and the side of a block."""
+LARGEST = 448.0
+SMALLEST_SCALE = 2.0**-126
+
+
+class Quantized(NamedTuple):
+    """An operand of a scaled product: e4m3fn values [R, K] and fp32 scales, K being the axis that is contracted.
+
+    Scales are [K / 128, R], one a row and 128 columns, or [K / 128, R / 128], one a block: groups of K in front, as a kernel reads them.
+    """
+
+    values: Any
+    scales: Any
+
+    @property
+    def transposed(self) -> "Quantized":
+        """Return the same numbers contracted along the other axis: only blocks can be."""
+        return Quantized(self.values.T, self.scales.T)
+
+
+def group_scales(largest: jax.Array, power_of_two: bool) -> jax.Array:
+    """Return the scales of groups whose largest finite magnitudes are given, fp32."""
+    largest = jnp.maximum(largest.astype(jnp.float32), LARGEST * SMALLEST_SCALE)
+    if not power_of_two:
+        return jnp.maximum(largest / LARGEST, SMALLEST_SCALE)
+    # 448 is 1.75 * 2**8: a larger mantissa carries into the exponent, then the mantissa goes.
+    bits = lax.bitcast_convert_type(largest, jnp.int32)
+    return lax.bitcast_convert_type(((bits + 0x1FFFFF) & 0x7F800000) - (8 << 23), jnp.float32)
+
+
+def to_e4m3(x: jax.Array, scales: jax.Array) -> jax.Array:
+    """Return the values of x for scales that broadcast to it."""
+    x = x.astype(jnp.float32)
+    return jnp.where(jnp.isfinite(x), jnp.clip(x / scales, -LARGEST, LARGEST), jnp.nan).astype(jnp.float8_e4m3fn)
+
+
+def quantize(x: Float[Array, "R K"], *, block: bool = False, transpose: bool = False, power_of_two: bool = False) -> Quantized:
+    """Return x as e4m3fn values with an fp32 scale for each row and 128 columns, or with `block` for each 128 x 128 block.
+
+    Args:
+        transpose: quantise x.T: x is [K, R], and its groups run down its columns.
+        power_of_two: round scales up to powers of two.
+    """
+    x = x.T if transpose else x
+    rows, depth = x.shape
+    height = GROUP if block else 1
+    padding = (-rows % height, -depth % GROUP)
+    grouped = jnp.pad(x, [(0, p) for p in padding]).reshape((rows + padding[0]) // height, height, -1, GROUP)
+    magnitude = jnp.where(jnp.isfinite(grouped), jnp.abs(grouped), 0)
+    scales = group_scales(magnitude.max((1, 3)), power_of_two)
+    values = to_e4m3(grouped, scales[:, None, :, None]).reshape(rows + padding[0], -1)[:rows, :depth]
+    return Quantized(values, scales.T)

@@ -1,0 +1,235 @@
+"""FP8 products: every implementation against float64 products of the numbers the operands stand for, and what quantisation promises."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pallas_kernels.scaled_matmul import Quantized, fp8_matmul, reference, scaled_matmul
+from pallas_kernels.scaled_matmul import quantize as quantize_array
+from pallas_kernels.scaled_matmul.cases import TEST_CASES, Case, inputs
+from pallas_kernels.scaled_matmul.quantized import GROUP, LARGEST, SMALLEST_SCALE
+from tests.pallas_kernels.programs import DTYPES, in_float64, jit, random_like, with_gradients
+from tests.pallas_kernels.tolerances import assert_close, assert_same_bits, rms
+
+IMPLEMENTATIONS = ("xla", "pallas_tpu", "pallas_gpu")
+OUT_DTYPES = (jnp.float32, jnp.bfloat16)
+KERNELS = {
+    (name, out): jit(functools.partial(scaled_matmul, implementation=name, out_dtype=out, aligned=True))
+    for name in IMPLEMENTATIONS
+    for out in OUT_DTYPES
+}
+compiled_quantize = jax.jit(quantize_array, static_argnames=("block", "transpose", "power_of_two"))
+
+
+def product(name, out_dtype=jnp.float32):
+    return KERNELS[name, out_dtype]
+
+
+def quantize(x, **how):
+    return compiled_quantize(jnp.asarray(x), **how)
+
+
+def operands(case, block, seed=0, **how):
+    """Return x by rows and w.T by blocks or by rows."""
+    x, w = inputs(case, jnp.float32, seed)
+    return quantize(x, **how), quantize(w, block=block, transpose=True, **how)
+
+
+def numbers(x):
+    """Return what a quantised operand stands for, float64."""
+    return in_float64(reference.dequantize, x)
+
+
+@pytest.mark.parametrize(("name", "block"), [(name, True) for name in TEST_CASES] + [("whole_tiles", False), ("all_odd", False)])
+def test_products_of_every_implementation(name, block):
+    a, b = operands(TEST_CASES[name], block)
+    truth = in_float64(reference.scaled_matmul, a, b)
+    np.testing.assert_allclose(truth, numbers(a) @ numbers(b).T, rtol=1e-12, atol=1e-12)
+    results = {implementation: product(implementation)(a, b) for implementation in IMPLEMENTATIONS}
+    for y in results.values():
+        assert_close(y, truth, jnp.float32)  # finite, too: a kernel's result starts as NaN
+    assert_same_bits(results["pallas_gpu"], results["pallas_tpu"])
+    if name == "all_odd" and block:
+        for implementation in IMPLEMENTATIONS:
+            assert_close(product(implementation, jnp.bfloat16)(a, b), truth, jnp.bfloat16)
+        assert_close(jit(scaled_matmul)(a, b), truth, jnp.float32)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_rows_do_not_depend_on_how_many_there_are(implementation):
+    a, b = operands(Case(300, 256, 128), True)
+    everything = product(implementation)(a, b)
+    for rows in (1, 128, 129):
+        for part in (slice(rows), slice(300 - rows, None)):
+            assert_same_bits(product(implementation)(Quantized(a.values[part], a.scales[:, part]), b), everything[part])
+
+
+def test_a_row_is_quantised_by_itself():
+    x, _ = inputs(Case(40, 300, 1), jnp.float32)
+    everything = quantize(x)
+    alone = quantize(x[7:9])
+    assert_same_bits(alone.values.astype(jnp.float32), everything.values[7:9].astype(jnp.float32))
+    assert_same_bits(alone.scales, everything.scales[:, 7:9])
+
+
+def quantised_truth(x, w, dy, power_of_two):
+    """Return the float64 product of the quantised operands and its gradients, each from operands quantised for it."""
+    how = {"power_of_two": power_of_two}
+    blocks = quantize(w, block=True, transpose=True, **how)
+    y = numbers(quantize(x, **how)) @ numbers(blocks).T
+    dx = numbers(quantize(dy, **how)) @ numbers(blocks)
+    dw = numbers(quantize(x, transpose=True, **how)) @ numbers(quantize(dy, transpose=True, **how)).T
+    return y, (dx, dw)
+
+
+@pytest.mark.parametrize(
+    ("name", "implementation", "dtype"),
+    [
+        ("one_row", "xla", "fp32"),
+        ("all_odd", "xla", "bf16"),
+        ("all_odd", "pallas_tpu", "bf16"),
+        ("all_odd", "pallas_gpu", "fp32"),
+        ("whole_tiles", "pallas_gpu", "bf16"),
+    ],
+)
+def test_fp8_matmul_and_its_gradients(name, implementation, dtype):
+    x, w = inputs(TEST_CASES[name], DTYPES[dtype])
+    f = functools.partial(fp8_matmul, implementation=implementation, power_of_two=dtype == "bf16")
+    dy = random_like(jax.eval_shape(f, x, w))
+    actual = jit(with_gradients(f))((x, w), dy)
+    assert_close(actual, quantised_truth(x, w, dy, dtype == "bf16"), DTYPES[dtype])
+    assert_same_bits(jit(f)(x, w), actual[0])
+
+
+def test_fp8_costs_a_few_percent():
+    x, w = (jnp.asarray(v) for v in np.random.default_rng(0).standard_normal((2, 256, 256)).astype(np.float32))
+    dy = random_like(x)
+    exact = in_float64(with_gradients(lambda x, w: x @ w), (x, w), dy)
+    for found, wanted in zip(jax.tree.leaves(jit(with_gradients(fp8_matmul))((x, w), dy)), jax.tree.leaves(exact), strict=True):
+        assert rms(found - wanted) < 0.05 * rms(wanted)
+
+
+def test_leading_axes_and_out_dtype():
+    x, w = inputs(Case(24, 128, 128), jnp.bfloat16)
+    y = fp8_matmul(x.reshape(2, 3, 4, 128), w, out_dtype=jnp.float32)
+    assert_same_bits(y.reshape(24, 128), fp8_matmul(x, w, out_dtype=jnp.float32))
+    assert (y.shape, y.dtype) == ((2, 3, 4, 128), jnp.float32)
+
+
+def spacing(values):
+    """Return the distance between e4m3 neighbours at these magnitudes."""
+    return 2.0 ** (np.floor(np.log2(np.maximum(np.abs(values), 2.0**-6))) - 3)
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    shape=st.sampled_from([(1, 1), (3, 130), (130, 200)]),
+    exponent=st.integers(-100, 100),
+    spread=st.floats(0, 20),
+    block=st.booleans(),
+    transpose=st.booleans(),
+    power_of_two=st.booleans(),
+)
+def test_numbers_are_within_half_a_spacing(seed, shape, exponent, spread, block, transpose, power_of_two):
+    rng = np.random.default_rng(seed)
+    x = (rng.standard_normal(shape) * np.exp(spread * rng.standard_normal(shape) / 4) * 2.0**exponent).astype(np.float32)
+    q = quantize(x, block=block, transpose=transpose, power_of_two=power_of_two)
+    wanted = (x.T if transpose else x).astype(np.float64)
+    unit = numbers(Quantized(jnp.ones_like(q.values), q.scales))  # the scale of each entry
+    assert (np.abs(numbers(q) - wanted) <= (0.5 + 1e-5) * spacing(wanted / unit) * unit).all()
+    groups = -(-wanted.shape[1] // GROUP)
+    assert q.scales.shape == (groups, -(-wanted.shape[0] // GROUP) if block else wanted.shape[0])
+    largest = np.array([[np.abs(group).max() for group in np.array_split(row, range(GROUP, row.size, GROUP))] for row in wanted]).T
+    largest = np.stack([largest[:, i : i + GROUP].max(1) for i in range(0, largest.shape[1], GROUP)], 1) if block else largest
+    if power_of_two:
+        mantissa, _ = np.frexp(q.scales)
+        assert (mantissa == 0.5).all()
+        assert ((largest <= LARGEST * np.asarray(q.scales, np.float64)) & (largest > LARGEST / 2 * np.asarray(q.scales, np.float64))).all()
+    else:
+        np.testing.assert_allclose(q.scales, largest / LARGEST, rtol=1e-6)
+
+
+@pytest.mark.parametrize("exponent", [-100, -8, 0, 7, 100])
+def test_power_of_two_scales_are_exact(exponent):
+    """e4m3 values times a power of two come back to the bit, also where the largest is 448, the edge of the next scale."""
+    every = np.arange(256, dtype=np.uint8).view(jnp.float8_e4m3fn).astype(np.float64)
+    x = np.stack([np.where(np.isfinite(every), every, 0), np.where(np.isfinite(every), every, 0) / 2])[:, : 2 * GROUP]
+    x = (x * 2.0**exponent).astype(np.float32)
+    x[:, [0, GROUP]] = LARGEST * 2.0**exponent  # in each group
+    q = quantize(x, power_of_two=True)
+    assert (np.asarray(q.scales) == 2.0**exponent).all()
+    assert_same_bits(numbers(q)[0], x[0].astype(np.float64))
+    beyond = quantize(x * np.float32(1 + 2**-23), power_of_two=True)
+    assert (np.asarray(beyond.scales) == 2.0 ** (exponent + 1)).all()
+
+
+@pytest.mark.parametrize("power_of_two", [False, True])
+def test_zeros_denormals_and_tiny_groups_have_the_smallest_scale(power_of_two):
+    x = np.zeros((4, GROUP), np.float32)
+    x[1, 3], x[2, :2], x[3, 0] = 1e-41, (448 * SMALLEST_SCALE, -SMALLEST_SCALE), 1e-30
+    q = quantize(x, power_of_two=power_of_two)
+    assert (np.asarray(q.scales)[0, :3] == SMALLEST_SCALE).all()
+    assert q.scales[0, 3] > SMALLEST_SCALE
+    values = np.asarray(q.values).astype(np.float64)
+    assert not values[:2].any()
+    assert values[2, :2].tolist() == [448, -1]
+    for implementation in IMPLEMENTATIONS:
+        y = product(implementation)(q, quantize(np.ones((2, GROUP), np.float32)))
+        assert np.isfinite(y).all()
+        assert not np.asarray(y)[:2].any()
+
+
+def test_values_saturate_at_the_largest():
+    x = np.full((2, GROUP), 3e38, np.float32)
+    x[1] = np.linspace(-7.3, 7.3, GROUP)
+    q = quantize(x)
+    assert np.abs(np.asarray(q.values).astype(np.float64)).max(1).tolist() == [LARGEST, LARGEST]
+    np.testing.assert_allclose(numbers(q)[:, -1], x[:, -1].astype(np.float64), rtol=1e-6)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("block", [False, True])
+def test_what_is_not_finite_becomes_nan_and_leaves_its_neighbours_alone(bad, block):
+    x, _ = inputs(TEST_CASES["odd_depth"], jnp.float32)
+    clean, spoilt = (quantize(x.at[4, 150].set(value), block=block) for value in (0, bad))
+    assert_same_bits(spoilt.scales, clean.scales)
+    clean, spoilt = (np.array(q.values, np.float32) for q in (clean, spoilt))
+    assert np.argwhere(np.isnan(spoilt)).tolist() == [[4, 150]]
+    spoilt[4, 150] = 0
+    assert_same_bits(spoilt, clean)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_nan_enters_exactly_its_own_sums(implementation):
+    x, w = inputs(TEST_CASES["odd_depth"], jnp.float32)
+    a, b = quantize(x.at[4, 150].set(jnp.inf)), quantize(w.at[7, 100].set(jnp.nan), block=True, transpose=True)
+    wanted = np.zeros((40, 128), bool)
+    wanted[4], wanted[:, 100] = True, True
+    np.testing.assert_array_equal(np.isnan(product(implementation)(a, b)), wanted)
+
+
+def test_transposed_blocks_are_the_blocks_of_the_transpose():
+    _, w = inputs(TEST_CASES["all_odd"], jnp.float32)
+    one, other = quantize(w, block=True).transposed, quantize(w, block=True, transpose=True)
+    assert_same_bits(one.values.astype(jnp.float32), other.values.astype(jnp.float32))
+    assert_same_bits(one.scales, other.scales)
+
+
+def test_operands_that_do_not_fit_are_refused():
+    a, b = operands(TEST_CASES["whole_tiles"], True)
+    with pytest.raises(ValueError, match=r"b is \(256, 256\) with scales \(3, 2\); expected \(256, 384\)"):
+        scaled_matmul(a, b._replace(values=b.values[:, :256]))
+    with pytest.raises(ValueError, match=r"a is \(256, 384\) with scales \(3, 2\); expected \(256, 384\) with scales \(3, 256\)$"):
+        scaled_matmul(b, a)
+
+
+def test_jax_triton_refuses_in_one_line_where_it_cannot_run():
+    with pytest.raises(NotImplementedError, match="jax-triton") as refusal:
+        scaled_matmul(*operands(TEST_CASES["one_row"], True), implementation="jax_triton")
+    assert "\n" not in str(refusal.value)
