@@ -75,6 +75,8 @@ LIGHTNING_TPU = MappingProxyType(
         "v5p": LightningTpu(8, 16, 256, 2, 64 * _MIB),
         "v6e": LightningTpu(8, 16, 256, 1, 64 * _MIB),
         "cpu": LightningTpu(2, 2, 128, 1, 64 * _MIB),
+    }
+)
 
 
 class ScaledMatmulTpu(NamedTuple):
