@@ -85,8 +85,14 @@ class Worker:
 
 
 def lines(row: dict[str, Any]) -> list[str]:
-    """Return a row as text: a line for each kernel of its program, and one for what failed."""
+    """Return a row as text: a line for each kernel, under one for the program if it has several, and one for what failed."""
     title, text = f"{row['kernel']:<34}{row['shape']:<26}{row['target']:<6}", []
+    several = len(row["kernels"]) > 1
+    if several:
+        ratio, size = row["estimate"] / row["floor"], row["memory"] / 2**20
+        text.append(
+            f"{title}program of {len(row['kernels'])} kernels, {size:.0f} MiB: est {row['estimate'] * 1e6:.2f} us, {ratio:.2f} of the floor"
+        )
     for k in row["kernels"]:
         size = f"{k['memory'] / 2**10:>9.0f}"
         if "registers" in k:
@@ -96,12 +102,10 @@ def lines(row: dict[str, Any]) -> list[str]:
         times = f"{k['moved'] / 1e6:>10.2f}{row['floor'] * 1e6:>10.2f}{k['estimate'] * 1e6:>10.2f}{'' if k['known'] else '+':<2}"
         bound = max(k["times"], key=k["times"].get)
         matrix = ", ".join(f"{number} {name}" for name, number in k["instructions"].items())
-        text.append(f"{title}{size}{work}{times}{row['estimate'] / row['floor']:>6.2f}  {bound:<8}{matrix}")
-        title = f"{'  + ' + k['kernel'] if len(row['kernels']) > 1 else '':<66}"
-    if len(row["kernels"]) > 1:
-        text.append(f"{'':<66}program: {len(row['kernels'])} kernels, {row['estimate'] * 1e6:.2f} us, {row['memory'] / 2**20:.0f} MiB")
+        label = f"  {k['kernel']:<64}" if several else title
+        text.append(f"{label}{size}{work}{times}{k['estimate'] / row['floor']:>6.2f}  {bound:<8}{matrix}")
     if row["failed"]:
-        text.append(f"{title if not text else '':<66} FAILS: {'; '.join(row['failed'])}")
+        text.append(f"{'' if text else title:<66} FAILS: {'; '.join(row['failed'])}")
     return text
 
 
