@@ -34,7 +34,7 @@ def environment(target: str, folder: str, python: str) -> dict[str, str]:
     shared = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": path, "JAX_ENABLE_COMPILATION_CACHE": "false"}
     if gates.PLATFORMS[target] == "gpu":
         compiler = ptxas(python)
-        flags = f"--xla_dump_to={folder} --xla_gpu_cuda_data_dir={compiler.parents[1]}"
+        flags = f"--xla_dump_to={folder}"
         return shared | {"JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1", "RING_JAX_PTXAS": str(compiler), "XLA_FLAGS": flags}
     flags = f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true --xla_jf_dump_llo_pass_label_regex=.*({_BUNDLES}).*"
     slice_of_nothing = {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": "v5p-8"}
@@ -54,7 +54,8 @@ class Worker:
         if self.process is None:
             self.folder = tempfile.TemporaryDirectory(prefix="aot-")
             self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115
-            dumps = os.path.join(self.folder.name, "")
+            dumps = os.path.join(self.folder.name, "dumps", "")
+            os.mkdir(dumps)
             pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self.log, "text": True}
             self.process = subprocess.Popen(self.command(dumps), env=self.environment(dumps), **pipes)
         process = self.process
