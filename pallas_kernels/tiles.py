@@ -37,7 +37,7 @@ MATMUL_TPU = MappingProxyType(
     {
         "v5e": MatmulTpu(128, 512, 1024, 2048, 20 * _MIB, 48 * _MIB),
         "v5p": MatmulTpu(128, 512, 1024, 2048, 20 * _MIB, 48 * _MIB),
-        "v6e": MatmulTpu(512, 512, 1024, 2048, 20 * _MIB, 48 * _MIB),
+        "v6e": MatmulTpu(512, 512, 1024, 2048, 40 * _MIB, 96 * _MIB),
         "cpu": MatmulTpu(16, 16, 128, 128, 64 * 160 * 4 * 2, 48 * _MIB),
     }
 )

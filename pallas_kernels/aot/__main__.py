@@ -34,7 +34,7 @@ def environment(target: str, folder: str, python: str) -> dict[str, str]:
     shared = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": path, "JAX_ENABLE_COMPILATION_CACHE": "false"}
     if gates.PLATFORMS[target] == "gpu":
         compiler = ptxas(python)
-        flags = f"--xla_dump_to={folder} --xla_gpu_cuda_data_dir={compiler.parents[1]}"
+        flags = f"--xla_dump_to={folder}"
         return shared | {"JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1", "RING_JAX_PTXAS": str(compiler), "XLA_FLAGS": flags}
     flags = f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true --xla_jf_dump_llo_pass_label_regex=.*({_BUNDLES}).*"
     slice_of_nothing = {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": "v5p-8"}
@@ -54,7 +54,8 @@ class Worker:
         if self.process is None:
             self.folder = tempfile.TemporaryDirectory(prefix="aot-")
             self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115
-            dumps = os.path.join(self.folder.name, "")
+            dumps = os.path.join(self.folder.name, "dumps", "")
+            os.mkdir(dumps)
             pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self.log, "text": True}
             self.process = subprocess.Popen(self.command(dumps), env=self.environment(dumps), **pipes)
         process = self.process
@@ -85,8 +86,14 @@ class Worker:
 
 
 def lines(row: dict[str, Any]) -> list[str]:
-    """Return a row as text: a line for each kernel of its program, and one for what failed."""
+    """Return a row as text: a line for each kernel, under one for the program if it has several, and one for what failed."""
     title, text = f"{row['kernel']:<34}{row['shape']:<26}{row['target']:<6}", []
+    several = len(row["kernels"]) > 1
+    if several:
+        ratio, size = row["estimate"] / row["floor"], row["memory"] / 2**20
+        text.append(
+            f"{title}program of {len(row['kernels'])} kernels, {size:.0f} MiB: est {row['estimate'] * 1e6:.2f} us, {ratio:.2f} of the floor"
+        )
     for k in row["kernels"]:
         size = f"{k['memory'] / 2**10:>9.0f}"
         if "registers" in k:
@@ -96,12 +103,10 @@ def lines(row: dict[str, Any]) -> list[str]:
         times = f"{k['moved'] / 1e6:>10.2f}{row['floor'] * 1e6:>10.2f}{k['estimate'] * 1e6:>10.2f}{'' if k['known'] else '+':<2}"
         bound = max(k["times"], key=k["times"].get)
         matrix = ", ".join(f"{number} {name}" for name, number in k["instructions"].items())
-        text.append(f"{title}{size}{work}{times}{row['estimate'] / row['floor']:>6.2f}  {bound:<8}{matrix}")
-        title = f"{'  + ' + k['kernel'] if len(row['kernels']) > 1 else '':<66}"
-    if len(row["kernels"]) > 1:
-        text.append(f"{'':<66}program: {len(row['kernels'])} kernels, {row['estimate'] * 1e6:.2f} us, {row['memory'] / 2**20:.0f} MiB")
+        label = f"  {k['kernel']:<64}" if several else title
+        text.append(f"{label}{size}{work}{times}{k['estimate'] / row['floor']:>6.2f}  {bound:<8}{matrix}")
     if row["failed"]:
-        text.append(f"{title if not text else '':<66} FAILS: {'; '.join(row['failed'])}")
+        text.append(f"{'' if text else title:<66} FAILS: {'; '.join(row['failed'])}")
     return text
 
 

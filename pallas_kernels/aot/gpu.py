@@ -14,6 +14,7 @@ import pathlib
 import re
 import subprocess
 import sys
+import tempfile
 from typing import Any
 
 import jax
@@ -81,12 +82,24 @@ def _abstract_mesh() -> AbstractMesh:
     return AbstractMesh((1,), ("chip",), (AxisType.Explicit,), abstract_device=device)
 
 
-def resources(ptx: str, folder: str) -> dict[str, dict[str, int]]:
-    """Return registers a thread and bytes spilled of each kernel, by ptxas."""
-    path = os.path.join(folder, "kernel.ptx")
-    with open(path, "w", encoding="utf-8") as file:
-        file.write(ptx)
-    command = [os.environ["RING_JAX_PTXAS"], "-v", "-arch=sm_90a", path, "-o", os.devnull]
+@functools.cache
+def _toolkit(folder: str) -> str:
+    """Return a CUDA toolkit whose ptxas keeps what it is given in `folder`: XLA writes the PTX of Triton's kernels nowhere else."""
+    real, root = (
+        pathlib.Path(os.environ["RING_JAX_PTXAS"]),
+        pathlib.Path(tempfile.mkdtemp(prefix="toolkit-", dir=pathlib.Path(folder).parent)),
+    )
+    (root / "bin").mkdir()
+    (root / "nvvm").symlink_to(real.parents[1] / "nvvm")
+    wrapper = root / "bin/ptxas"
+    wrapper.write_text(f'#!/bin/sh\n[ -f "$1" ] && cp "$1" "{folder}kept-$$.ptx"\nexec "{real}" "$@"\n', encoding="utf-8")
+    wrapper.chmod(0o755)
+    return str(root)
+
+
+def resources(path: pathlib.Path) -> dict[str, dict[str, int]]:
+    """Return registers a thread and bytes spilled of each kernel of a PTX file, by ptxas."""
+    command = [os.environ["RING_JAX_PTXAS"], "-v", "-arch=sm_90a", str(path), "-o", os.devnull]
     report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     found = {}
     for name, text in re.findall(r"Compiling entry function '(\w+)'(.*?Used \d+ registers)", report, re.DOTALL):
@@ -150,19 +163,18 @@ def bounds(counted: dict[str, Any], programs: int, threads: int, registers: int,
 def compile_case(case: gates.CompileCase, target: str, folder: str) -> dict[str, Any]:
     """Return the row of a case, compiled for one GPU."""
     where = SingleDeviceSharding(_device())
+    # In a program of its own ptxas can be watched; jax names the toolkit it finds beside itself, unless an option does.
+    options = {"xla_allow_excess_precision": False, "xla_gpu_cuda_data_dir": _toolkit(folder), "xla_gpu_enable_libnvptxcompiler": False}
     program = jax.jit(lambda *arguments: case.program(*arguments), in_shardings=where, out_shardings=where, donate_argnums=case.donate)
     with compat.compiling_for(target), jax.sharding.use_abstract_mesh(_abstract_mesh()):
         traced = program.trace(*case.arguments)
-        compiled = traced.lower(lowering_platforms=("cuda",)).compile(compiler_options={"xla_allow_excess_precision": False})
-    dumps = [path for path in pathlib.Path(folder).iterdir() if path.name.endswith((".ptx", "thunk_sequence.txt"))]
-    text = {path.name: path.read_text(encoding="utf-8") for path in dumps}
-    parts = {}
-    reports: dict[str, dict[str, int]] = {}
-    for name, ptx in text.items():
-        if ptx and name.endswith(".ptx"):
-            reports |= resources(ptx, folder)
-            parts |= {match[1]: match[2] for match in re.finditer(r"\.entry (\w+)\((.*?)\n}", ptx, re.DOTALL)}
-    launches = re.findall(r"(\w+) grid: \[(\d+), (\d+), (\d+)\] threads: \[(\d+).*?shared_memory: (\d+)", "\n".join(text.values()))
+        compiled = traced.lower(lowering_platforms=("cuda",)).compile(compiler_options=options)
+    parts, reports = {}, {}
+    for path in pathlib.Path(folder).glob("kept-*.ptx"):
+        reports |= resources(path)
+        parts |= {match[1]: match[2] for match in re.finditer(r"\.entry (\w+)\((.*?)\n}", path.read_text(encoding="utf-8"), re.DOTALL)}
+    sequence = "\n".join(path.read_text(encoding="utf-8") for path in pathlib.Path(folder).glob("*thunk_sequence.txt"))
+    launches = re.findall(r"(\w+) grid: \[(\d+), (\d+), (\d+)\] threads: \[(\d+).*?shared_memory: (\d+)", sequence)
     kernels = []
     for equation in compat.equations(traced.jaxpr):
         if equation.primitive.name != "pallas_call":

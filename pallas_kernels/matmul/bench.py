@@ -8,14 +8,17 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from pallas_kernels.benchmark import Problem, main
+from pallas_kernels.compat import platform
 from pallas_kernels.matmul import matmul, reference
 from pallas_kernels.matmul.cases import BENCH_CASES, inputs
 
 IMPLEMENTATIONS = {
-    "xla": matmul,
-    "xla aligned": functools.partial(matmul, aligned=True),
+    "xla": functools.partial(matmul, implementation="xla"),
+    "xla aligned": functools.partial(matmul, aligned=True, implementation="xla"),
     "peer: x @ w": lambda x, w: x @ w,
 }
+if platform() != "cpu":  # interpreted, a kernel has no speed
+    IMPLEMENTATIONS["pallas aligned"] = functools.partial(matmul, aligned=True, implementation="pallas")
 
 
 def problems(dtype: DTypeLike, quick: bool) -> Iterator[Problem]:

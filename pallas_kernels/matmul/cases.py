@@ -48,7 +48,6 @@ COMPILE_SIZES = {
     "mini ffn down": (5120, 2048),
     "flash qkv": (4096, 12288),
     "flash out": (4096, 4096),
-    "flash ffn up": (4096, 9216),
     "flash ffn down": (9216, 4096),
     "mini head": (2048, 157184),
 }
