@@ -7,7 +7,7 @@ import pathlib
 import sys
 import typing
 
-from ring_jax.command_line import Parser
+from ring_jax.command_line import KERNELS, Parser, show_kernels
 from ring_jax.hugepages import use_huge_pages
 
 COMMANDS = ("score", "align")
@@ -18,6 +18,8 @@ def _common(command: str, description: str) -> Parser:
     parser = Parser(prog=prog, description=description, allow_abbrev=False)
     parser.add_argument("--checkpoint", required=True, metavar="DIR", help="a run folder, one of its checkpoints, or a Hugging Face folder")
     parser.add_argument("--precision", choices=("fp32", "bf16"), help="of products (default: the checkpoint's)")
+    kernels = "how ops are computed (default: auto, the platform's best; pallas on a CPU is interpreted); then the log names what runs"
+    parser.add_argument("--kernels", choices=KERNELS, help=kernels)
     if command != "align":
         parser.add_argument("--numerics", choices=("aligned", "fast"), default="aligned", help="aligned: the trainer's bits (default)")
     return parser
@@ -95,7 +97,7 @@ def generate(args: argparse.Namespace) -> int:
     from ring_jax import checkpoint
     from ring_jax.infer.generate import Decoder, Generation
 
-    model, _, tokenizer = checkpoint.load(args.checkpoint, precision=args.precision, stacked=_stacked(), aligned=args.numerics == "aligned")
+    model, _, tokenizer = checkpoint.load(args.checkpoint, stacked=_stacked(), **_numerics(args))
     if tokenizer is None:
         raise ValueError(f"{args.checkpoint} has no tokenizer.json; `score` takes token ids")
     prompts = [tokenizer.encode(text) for text in texts]
@@ -133,9 +135,7 @@ def converse(args: argparse.Namespace, sampling: typing.Any) -> int:
     template = ChatTemplate.of_files(checkpoint.text_files(args.checkpoint))
     if template is None:
         raise ValueError(f"{args.checkpoint} has no chat template (chat_template.jinja, or chat_template in tokenizer_config.json)")
-    model, config, tokenizer = checkpoint.load(
-        args.checkpoint, precision=args.precision, stacked=_stacked(), aligned=args.numerics == "aligned"
-    )
+    model, config, tokenizer = checkpoint.load(args.checkpoint, stacked=_stacked(), **_numerics(args))
     if tokenizer is None:
         raise ValueError(f"{args.checkpoint} has no tokenizer.json")
     decoder = Decoder(model)
@@ -156,6 +156,11 @@ def converse(args: argparse.Namespace, sampling: typing.Any) -> int:
     return 0
 
 
+def _numerics(args: argparse.Namespace) -> dict[str, typing.Any]:
+    """What the arguments say about how to compute."""
+    return {"precision": args.precision, "aligned": args.numerics == "aligned", "kernels": args.kernels or "auto"}
+
+
 def _stacked() -> bool:
     """On a CPU a slice of a stack of layers is a copy, so each layer has its own buffers; elsewhere the layers stay stacked."""
     import jax
@@ -171,7 +176,7 @@ def score(args: argparse.Namespace) -> int:
     path = pathlib.Path(args.input)
     if not path.is_file():
         raise ValueError(f"no input file {path}")
-    model, config, tokenizer = checkpoint.load(args.checkpoint, precision=args.precision, aligned=args.numerics == "aligned")
+    model, config, tokenizer = checkpoint.load(args.checkpoint, **_numerics(args))
     for line in score_lines(Scorer(model), read_lines(path, tokenizer, config.vocab_size, config.num_positions)):
         print(line)
     return 0
@@ -190,9 +195,11 @@ def main(arguments: list[str] | None = None) -> int:
     command = arguments[0] if arguments and arguments[0] in COMMANDS else ""
     parser, run = {"": (_generate_parser, generate), "score": (_score_parser, score), "align": (_align_parser, align)}[command]
     args = parser().parse_args(arguments[1:] if command else arguments)
+    if args.kernels:
+        show_kernels()
     try:
         return run(args)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, NotImplementedError) as error:
         if isinstance(error, BrokenPipeError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader left: nothing to say
             return 0

@@ -420,8 +420,9 @@ def main(args: argparse.Namespace) -> int:
     from ring_jax import checkpoint
 
     remat = args.remat or checkpoint.training_remat(args.checkpoint)
-    stacked, config, tokenizer = checkpoint.load(args.checkpoint, precision=args.precision, remat=remat)
-    unstacked = checkpoint.load(args.checkpoint, precision=args.precision, stacked=jax.default_backend() != "cpu").model
+    how = {"precision": args.precision, "kernels": args.kernels or "auto"}
+    stacked, config, tokenizer = checkpoint.load(args.checkpoint, remat=remat, **how)
+    unstacked = checkpoint.load(args.checkpoint, stacked=jax.default_backend() != "cpu", **how).model
     total = max(args.tokens, 16)
     if tokenizer is None:
         rng = np.random.default_rng(args.seed)

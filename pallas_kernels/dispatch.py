@@ -24,11 +24,13 @@ _PALLAS = {"cpu": "pallas_tpu", "gpu": "pallas_gpu", "tpu": "pallas_tpu"}
 def call(op: str, table: Mapping[str, Callable[..., Any]], implementation: str, *args: Any, **kwargs: Any) -> Any:
     """Return the result of the named implementation, or with "auto" of the platform's first that takes the case.
 
-    "pallas" is the platform's kernel. An implementation refuses a case by raising NotImplementedError with the reason. Raises ValueError
-    for a name the table lacks.
+    "pallas" is the platform's kernel. An op that has no kernels at all computes in plain JAX then. An implementation refuses a case by
+    raising NotImplementedError with the reason. Raises ValueError for a name the table lacks.
     """
     if implementation != "auto":
         name = _PALLAS[platform()] if implementation == "pallas" else implementation
+        if name in _PALLAS.values() and not any(other in table for other in _PALLAS.values()):
+            name = "xla"
         if name not in table:
             raise ValueError(f"{op} has no implementation {name!r}; it has {', '.join(table)}")
         _log_choice(op, name)

@@ -280,6 +280,7 @@ def load(
     stacked: bool = True,
     aligned: bool = True,
     remat: str = "none",
+    kernels: str = "auto",
 ) -> Loaded:
     """Return a checkpoint's model, config and tokenizer.
 
@@ -301,7 +302,7 @@ def load(
     arrays: dict[str, Any] = read_arrays(source, parameters(abstract), placed)
     if precision is not None and precision not in DTYPES:
         raise ValueError(f"unknown precision {precision!r}; known: {', '.join(DTYPES)}")
-    numerics = Numerics(aligned=aligned, dtype=DTYPES[precision or stored], remat=remat)
+    numerics = Numerics(aligned=aligned, dtype=DTYPES[precision or stored], remat=remat, kernels=kernels)
     return Loaded(build(config, numerics, arrays, stacked=stacked, mesh=mesh), config, tokenizer)
 
 

@@ -108,7 +108,7 @@ class MoE(nnx.Module):
     def _local_outputs(self, rows: Float[Array, "N D"], experts: Int[Array, "N A"]) -> Float[Array, "N A D"]:
         """The same over the experts of this device."""
         gate_up, down = self.gate_up[...], self.down[...]
-        (num, num_slots), num_experts, implementation = experts.shape, gate_up.shape[0], self.numerics.implementation
+        (num, num_slots), num_experts, implementation = experts.shape, gate_up.shape[0], self.numerics.kernels
         row_tile = row_tile_for(num * num_slots, num_experts, aligned=self.numerics.aligned)
         groups = group_rows(experts.reshape(-1), num_experts, row_tile)
         grouped = gather_groups(rows, groups, num_slots)

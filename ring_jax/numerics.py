@@ -24,14 +24,14 @@ class Numerics:
     dtype: of weights and activations in products; the residual stream, states, statistics, router and logits are fp32.
     remat: what the gradient recomputes: "none", "full" (whole blocks) or "mixers" (all but the mixers' outputs).
     unroll: layers that one turn of a loop over layers computes (what it keeps for the gradient is then not copied into a stack).
-    implementation: of the kernels, "auto" or a backend's name.
+    kernels: how ops are computed: "auto" (the platform's best), "xla", "pallas" (on a CPU: interpreted), or an implementation's name.
     """
 
     aligned: bool = True
     dtype: str = "float32"
     remat: str = "none"
     unroll: int = 1
-    implementation: str = "auto"
+    kernels: str = "auto"
 
     def __post_init__(self):
         if self.remat not in REMAT_POLICIES:
@@ -40,7 +40,7 @@ class Numerics:
     @property
     def ops(self) -> dict[str, Any]:
         """Arguments that every op of `pallas_kernels` takes."""
-        return {"aligned": self.aligned, "implementation": self.implementation}
+        return {"aligned": self.aligned, "implementation": self.kernels}
 
     def by_rows(self, f: Callable, *rows: jax.Array, weights: Sequence[jax.Array] = ()) -> Any:
         """Return f(*rows, *weights) for rows [B, T, ...] that f treats one by one; aligned, in tiles of rows, so they stay so."""

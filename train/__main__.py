@@ -4,6 +4,7 @@ import shlex
 import signal
 import sys
 
+from ring_jax.command_line import show_kernels
 from ring_jax.hugepages import use_huge_pages
 from ring_jax.train.config import parse_args, run_folder
 
@@ -15,8 +16,9 @@ def main(arguments: list[str] | None = None) -> int:
         config, model, vocab_given = parse_args(arguments)
         from ring_jax.train import loop
 
+        show_kernels()
         ended = loop.train(config, model, vocab_given)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, NotImplementedError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     folder = run_folder(config)

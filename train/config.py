@@ -8,7 +8,7 @@ import types
 import typing
 from typing import Any
 
-from ring_jax.command_line import Parser
+from ring_jax.command_line import KERNELS, Parser
 from ring_jax.config import PRESETS, ModelConfig, preset, read_config
 
 
@@ -106,6 +106,8 @@ class TrainConfig:
     """Of products: bf16 or fp32. Master weights, states, statistics and logits are fp32 either way."""
     numerics: str = "fast"
     """fast, or aligned: token log-probabilities then have the bits that inference gives."""
+    kernels: str = "auto"
+    """How ops are computed: auto (the platform's best), xla, pallas (on a CPU: interpreted, slow). The log names what runs."""
     remat: str = "none"
     """What the gradient recomputes: none, mixers (all but mixers' outputs), full."""
     unroll: int = 0
@@ -116,7 +118,12 @@ class TrainConfig:
     eval: EvalConfig = EvalConfig()
 
     def __post_init__(self):
-        for name, known in (("precision", ("bf16", "fp32")), ("numerics", ("fast", "aligned")), ("remat", ("none", "mixers", "full"))):
+        for name, known in (
+            ("precision", ("bf16", "fp32")),
+            ("numerics", ("fast", "aligned")),
+            ("remat", ("none", "mixers", "full")),
+            ("kernels", KERNELS),
+        ):
             if getattr(self, name) not in known:
                 raise ValueError(f"unknown {name} {getattr(self, name)!r}; known: {', '.join(known)}")
         _check_least(self, "", {"steps": 1, "batch_size": 1, "seq_len": 1, "unroll": 0, "seed": 0})

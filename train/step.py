@@ -62,7 +62,8 @@ class Program(NamedTuple):
 def numerics_of(config: TrainConfig) -> Numerics:
     """Return how a run computes its forward."""
     unroll = config.unroll or (4 if jax.default_backend() == "cpu" else 1)
-    return Numerics(aligned=config.numerics == "aligned", dtype=DTYPES[config.precision], remat=config.remat, unroll=unroll)
+    aligned, dtype = config.numerics == "aligned", DTYPES[config.precision]
+    return Numerics(aligned=aligned, dtype=dtype, remat=config.remat, unroll=unroll, kernels=config.kernels)
 
 
 def make_program(
