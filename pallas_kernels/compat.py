@@ -25,6 +25,7 @@ __all__ = [
     "dot_cast",
     "dot_general",
     "dot_operand",
+    "dot_precision",
     "equations",
     "interpreted",
     "open_jaxpr",
@@ -122,7 +123,13 @@ def dot_cast(x: jax.Array, dtype: DTypeLike) -> jax.Array:
 
 def dot_general(a: jax.Array, b: jax.Array, contract: tuple, batch: tuple = ((), ())) -> jax.Array:
     """Return `lax.dot_general` of two arrays of one dtype, accumulated and returned in fp32."""
-    return lax.dot_general(dot_operand(a), dot_operand(b), (contract, batch), preferred_element_type=jnp.float32)
+    precision = dot_precision(a.dtype)
+    return lax.dot_general(dot_operand(a), dot_operand(b), (contract, batch), precision=precision, preferred_element_type=jnp.float32)
+
+
+def dot_precision(dtype: DTypeLike) -> lax.Precision | None:
+    """Return the precision of a product of operands of this dtype: unasked, a TPU rounds fp32 ones to bf16, a GPU to TF32."""
+    return lax.Precision.HIGHEST if dtype == jnp.float32 and platform() != "cpu" else None
 
 
 def pin(tree: Any, aligned: bool = True) -> Any:

@@ -24,4 +24,5 @@ def show_kernels() -> None:
         handler = logging.StreamHandler()
         handler.setFormatter(logging.Formatter("%(message)s"))
         logger.addHandler(handler)
+        logger.propagate = False  # absl's handler would say it again
     logger.setLevel(logging.INFO)

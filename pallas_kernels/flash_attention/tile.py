@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.compat import dot_cast, dot_operand
+from pallas_kernels.compat import dot_cast, dot_operand, dot_precision
 
 MASKED = -1e30
 """Score of a masked key: finite, so that a row that has seen no key yet needs no special case."""
@@ -28,7 +28,8 @@ class Softmax(NamedTuple):
 
 def product(equation: str, a: jax.Array, b: jax.Array) -> jax.Array:
     """Return the einsum of two operands (see `compat.dot_operand`, `compat.dot_cast`), accumulated and returned in fp32."""
-    return jnp.einsum(equation, dot_operand(a), dot_operand(b), preferred_element_type=jnp.float32)
+    precision = dot_precision(a.dtype)
+    return jnp.einsum(equation, dot_operand(a), dot_operand(b), precision=precision, preferred_element_type=jnp.float32)
 
 
 def empty(q: jax.Array, value_size: int) -> Softmax:

@@ -21,9 +21,8 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
-from pallas_kernels.compat import dot_cast, dot_operand
+from pallas_kernels.compat import dot_cast, dot_general
 
 
 class Weights(NamedTuple):
@@ -61,10 +60,7 @@ def product(a: jax.Array, b: jax.Array, axes: tuple[int, int] = (1, 0), acc: jax
     """Return the product of matrices [..., M, N] over axis axes[0] of a and axes[1] of b, added to `acc`, in fp32."""
     lead = a.ndim - 2
     batch = tuple(range(lead))
-    contract = ((lead + axes[0],), (lead + axes[1],))
-    # fp32 operands are not rounded on the way: the matrix units' own type is bf16.
-    exact = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
-    y = lax.dot_general(dot_operand(a), dot_operand(b), (contract, (batch, batch)), precision=exact, preferred_element_type=jnp.float32)
+    y = dot_general(a, b, ((lead + axes[0],), (lead + axes[1],)), (batch, batch))
     return y if acc is None else acc + y
 
 
