@@ -20,6 +20,7 @@ __all__ = [
     "AbstractDevice",
     "Literal",
     "bind_equation",
+    "compiler_options",
     "compiling_for",
     "device_kind",
     "dot_cast",
@@ -68,6 +69,16 @@ def device_kind() -> str:
 def interpreted(target: str) -> bool:
     """Return whether a Pallas kernel for `target` ("gpu" or "tpu") has to be interpreted here."""
     return platform() != target
+
+
+def compiler_options(aligned: bool) -> dict[str, Any]:
+    """Return the options of `jax.jit` for a program with kernels.
+
+    Aligned, intermediates are rounded where the tile says, not where fusion pleases. A TPU's compiler may fuse a kernel with the update of
+    a larger array that takes its result; it then has the program's share of VMEM, not the kernel's own.
+    """
+    options: dict[str, Any] = {"xla_allow_excess_precision": False} if aligned else {}
+    return options | ({"xla_tpu_scoped_vmem_limit_kib": 65536} if platform() == "tpu" else {})
 
 
 def bind_equation(equation: JaxprEqn, inputs: Sequence[Any]) -> list[Any]:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from pallas_kernels.compat import dot_operand
+from pallas_kernels.compat import compiler_options, dot_operand
 from pallas_kernels.matmul import row_tiled
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
@@ -57,10 +57,8 @@ def name(x: jax.Array, label: str) -> jax.Array:
 
 
 def jit(fun: Callable, numerics: Numerics, **kwargs: Any) -> Any:
-    """Return `jax.jit(fun)` for a program's entry. Aligned, intermediates are rounded where the tile says, not where fusion pleases."""
-    if numerics.aligned:
-        kwargs["compiler_options"] = {"xla_allow_excess_precision": False}
-    return jax.jit(fun, **kwargs)
+    """Return `jax.jit(fun)` for a program's entry."""
+    return jax.jit(fun, compiler_options=compiler_options(numerics.aligned) or None, **kwargs)
 
 
 class Table(nnx.Variable):

@@ -109,12 +109,15 @@ def resources(path: pathlib.Path) -> dict[str, dict[str, int]]:
 
 
 def count(ptx: str, kernel: Any) -> dict[str, Any]:
-    """Return what a warp of a kernel executes: instructions, matrix instructions by name, barriers, waits, and the bytes a thread moves."""
+    """Return what a warp of a kernel executes: instructions, matrix instructions by name, barriers, waits, and the bytes a thread moves.
+
+    sequence: the matrix instructions as they stand in the listing, runs of equal ones: shape, where the first operand is, how many.
+    """
     lines = [line.strip() for line in ptx.splitlines()]
     labels = {line[:-1]: at for at, line in enumerate(lines) if re.fullmatch(r"\$\w+:", line)}
     branches = [(labels[to], at) for at, line in enumerate(lines) for to in re.findall(r"\bbra(?:\.uni)?\s+(\$\w+);", line)]
     weights, known = gates.loop_weights(len(lines), [(to, at) for to, at in branches if to <= at], kernel)
-    total: dict[str, Any] = {"known": known, "issued": 0, "bytes": 0, "stalls": 0, "overlapped": False, "instructions": {}}
+    total: dict[str, Any] = {"known": known, "issued": 0, "bytes": 0, "stalls": 0, "overlapped": False, "instructions": {}, "sequence": []}
     for line, weight in zip(lines, weights, strict=True):
         match = re.match(r"(?:@!?%p\d+ )?([a-z][a-z0-9]*(?:[.:]+\w+)*)\s", line)
         if not match or match[1].startswith(("mov", "ret")):
@@ -123,6 +126,11 @@ def count(ptx: str, kernel: Any) -> dict[str, Any]:
         total["issued"] += weight
         if name.startswith(("wgmma.mma_async", "mma.sync")):
             total["instructions"][name] = total["instructions"].get(name, 0) + weight
+            source = "registers" if re.search(r"\}, *\{", line) else "memory"  # of the first operand
+            shape = next((part for part in name.split(".") if re.fullmatch(r"m\d+n\d+k\d+", part)), name)
+            if not total["sequence"] or total["sequence"][-1][:2] != [shape, source]:
+                total["sequence"].append([shape, source, 0])
+            total["sequence"][-1][2] += 1
         elif name.startswith("cp.async") and "], [" in line:
             total["bytes"] += weight * int(re.findall(r"\], (?:\[.*?\], )?(0x[0-9a-f]+|\d+)", line)[0], 0)
         elif access := re.match(r"(?:ld|st)\.global(?:[.:]\w+)*?(?:\.v(\d))?\.[bsuf](\d+)", name):
@@ -190,7 +198,7 @@ def compile_case(case: gates.CompileCase, target: str, folder: str) -> dict[str,
         moved = cost.bytes_accessed if cost else sum(x.size * x.dtype.itemsize for x in arrays)  # pyright: ignore[reportAttributeAccessIssue]
         times = bounds(counted, math.prod(grid), threads, report["registers"], shared, moved)
         record = {"kernel": name, "grid": grid, "threads": threads, "memory": shared, "moved": moved}
-        record |= {key: counted[key] for key in ("known", "issued", "instructions")} | report
+        record |= {key: counted[key] for key in ("known", "issued", "instructions", "sequence")} | report
         kernels.append(record | {"times": times, "estimate": max(times.values())})
     return gates.row(case, CHIPS[target], compiled.memory_analysis(), kernels)
 

@@ -102,7 +102,7 @@ def compile_case(case: gates.CompileCase, target: str, folder: str) -> dict[str,
     arguments = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, P())), case.arguments)
     with compat.compiling_for(target):
         traced = jax.jit(program, donate_argnums=case.donate).trace(*arguments)
-        compiled = traced.lower().compile(compiler_options={"xla_allow_excess_precision": False})
+        compiled = traced.lower().compile(compiler_options=compat.compiler_options(True))
     bundles, units = (_listing(folder, name) for name in ("packed-bundles-post-ra.txt", "pre-delay_hlo-static-per-bundle-utilization.txt"))
     vmem = dict(
         re.findall(

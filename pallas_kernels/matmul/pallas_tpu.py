@@ -55,8 +55,10 @@ def product(a, b, axes, dtype, aligned):
     """Return the product of two matrices over axis axes[0] of a and axes[1] of b; its tile depends on b alone if aligned."""
     (num_rows, terms), columns = (a.shape[1 - axes[0]], a.shape[axes[0]]), b.shape[1 - axes[1]]
     tile = tiles.of(tiles.MATMUL_TPU)
-    height = tile.rows if aligned else tile.gradient_rows
     width, depth = _blocks(terms, columns, a.dtype.itemsize, tile)
+    height = tile.rows if aligned else tile.gradient_rows
+    while height > tile.rows and 2 * a.dtype.itemsize * depth * (width + height) > tile.vmem // 2:
+        height //= 2
     num_parts = -(-terms // depth)
     pad = lambda x, axis: jnp.pad(x, [(0, (num_parts * depth - terms) * (i == axis)) for i in range(2)])  # rows and columns may hang over
     a, b = pad(a, axes[0]), pad(b, axes[1])

@@ -31,6 +31,12 @@ def test_quick_cases_pass_their_gates(target, tmp_path):
     kernels = {case.kernel.split(".")[0] for case in gates.collect(gates.op_modules()) if target in case.targets}
     assert {row["kernel"].split(".")[0] for row in rows} == kernels
     assert all(kernel["known"] and kernel["estimate"] > 0 and kernel["instructions"] for row in rows for kernel in row["kernels"])
+    if target == "h200":
+        sequences = {kernel["kernel"]: kernel["sequence"] for row in rows for kernel in row["kernels"]}
+        decode, fold = sequences["lightning_decode"], sequences["lightning_fold"]
+        assert decode == [["m64n64k16", "memory", 16], ["m64n64k16", "registers", 4]]  # Q K^T and Q S, then P V
+        assert sequences["lightning_forward"] == decode + fold, "training and decode must go through the same matrix instructions"
+        assert sequences["lightning_verify"] == decode
 
 
 BROKEN = """

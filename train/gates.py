@@ -1,0 +1,108 @@
+"""Whole models for the compile gates, with every kernel there is: `python -m pallas_kernels.aot --cases ring_jax.train.gates`.
+
+The released models' widths and vocabularies, one group of their layer pattern and fewer experts: what a chip holds.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from pallas_kernels.aot.case import CompileCase
+from pallas_kernels.compat import compiling_for
+from ring_jax import flops, scoring
+from ring_jax.config import PRESETS, ModelConfig
+from ring_jax.model import Ring
+from ring_jax.numerics import Numerics, num_bytes, round_weights
+from ring_jax.scoring import Batch
+from ring_jax.train.config import OptimizerConfig
+from ring_jax.train.optimizer import make_optimizer
+
+TARGETS = ("v5p", "v6e", "h200")
+NUM_EXPERTS = 32
+TOKENS = 2048
+SLOTS = 64
+CACHE = 4096
+"""Positions of a slot's cache in the decode step."""
+
+
+def compile_cases() -> Iterator[CompileCase]:
+    """Yield a training step and a decode step of each released model, and a forward of the smaller."""
+    for name in ("ring-mini-linear-2.0", "ring-flash-linear-2.0"):
+        preset = PRESETS[name]
+        config = dataclasses.replace(preset, num_layers=preset.period, num_experts=NUM_EXPERTS)
+        how = Numerics(aligned=False, dtype="bfloat16", remat="full", kernels="pallas")
+        if name == "ring-mini-linear-2.0":
+            yield _forward(name, config, how)
+        yield _step(name, config, how)
+        yield _decode(name, config, how)
+
+
+def _shapes(config: ModelConfig, how: Numerics) -> tuple[Any, ...]:
+    """The graph, and the shapes of parameters (fp32), balancing biases and tables."""
+    return scoring.split(nnx.eval_shape(lambda: Ring(config, how, rngs=nnx.Rngs(0))))
+
+
+def _rounded(params: Any, how: Numerics) -> Any:
+    """The shapes of the weights as a forward reads them on an accelerator."""
+    with compiling_for("tpu"):
+        return jax.eval_shape(lambda params: round_weights(params, how.dtype), params)
+
+
+def _case(kind: str, name: str, config: ModelConfig, program: Any, arguments: tuple[Any, ...], tokens: int, donate: tuple[int, ...] = ()):
+    per_token = flops.training_flops_per_token(config, TOKENS)
+    return CompileCase(
+        kernel=f"model.{kind}",
+        shape=name,
+        targets=TARGETS,
+        program=program,
+        arguments=arguments,
+        bytes=num_bytes(arguments),
+        flops=tokens * per_token / (1 if kind == "step" else 3),
+        donate=donate,
+    )
+
+
+def _batch() -> Batch:
+    ids = jax.ShapeDtypeStruct((1, TOKENS), jnp.int32)
+    return Batch(ids, ids, ids)
+
+
+def _forward(name: str, config: ModelConfig, how: Numerics) -> CompileCase:
+    graph, params, biases, tables = _shapes(config, how)
+
+    def program(params, biases, tables, batch):
+        return scoring.next_token_logprobs(nnx.merge(graph, params, biases, tables), batch)[0]
+
+    return _case("forward", name, config, program, (_rounded(params, how), biases, tables, _batch()), TOKENS)
+
+
+def _step(name: str, config: ModelConfig, how: Numerics) -> CompileCase:
+    graph, params, biases, tables = _shapes(config, how)
+    optimizer = make_optimizer(OptimizerConfig(), 1000)
+
+    def program(params, state, biases, tables, batch):
+        loss, stats, gradients = scoring.loss_and_gradients(graph, how, params, biases, tables, batch)
+        updates, state = optimizer.update(gradients, state, params)
+        return optax.apply_updates(params, updates), state, loss, stats.nll
+
+    state = jax.eval_shape(optimizer.init, params)
+    return _case("step", name, config, program, (params, state, biases, tables, _batch()), TOKENS, donate=(0, 1))
+
+
+def _decode(name: str, config: ModelConfig, how: Numerics) -> CompileCase:
+    graph, params, biases, tables = _shapes(config, how)
+    model = nnx.merge(graph, params, biases, tables)
+    with compiling_for("tpu"):
+        cache = jax.eval_shape(lambda: model.init_cache(SLOTS, CACHE))
+
+    def program(params, biases, tables, tokens, positions, cache):
+        output = nnx.merge(graph, params, biases, tables)(tokens, positions, cache)
+        return output.hidden, output.cache
+
+    ids = jax.ShapeDtypeStruct((SLOTS, 1), jnp.int32)
+    return _case("decode", name, config, program, (_rounded(params, how), biases, tables, ids, ids, cache), SLOTS, donate=(5,))
