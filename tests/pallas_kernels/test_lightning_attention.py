@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from pallas_kernels import GRID
@@ -295,6 +295,29 @@ def test_a_chunk_that_does_not_divide_the_grid_is_refused():
     given = inputs(TEST_CASES["one_token"], jnp.float32)
     with pytest.raises(ValueError, match="chunk_size 48 does not divide the grid of 128"):
         lightning_attention(*given[:4], chunk_size=48)
+
+
+@pytest.mark.parametrize("mode", ["pallas_tpu", "pallas_gpu"])
+@settings(deadline=None, max_examples=4, phases=[Phase.generate])
+@given(
+    shape=st.tuples(st.integers(1, 2), st.integers(1, 200), st.integers(1, 4), st.sampled_from([16, 32]), st.sampled_from([16, 32])),
+    decay=st.floats(0, 30),
+    packed=st.booleans(),
+)
+def test_kernels_of_any_shape(mode, shape, decay, packed):
+    batch, length, *sizes = shape
+    length = -(-length // 64) * 64 if packed else length  # a document that begins in an open chunk leaves no state behind
+    given = inputs(Case(batch, length, *sizes, C=64, state=True, segments=packed, decay=decay), jnp.float32)
+    f = lambda q, k, v, state: lightning_attention(q, k, v, given.log_decay, state=state, reset=given.reset, **MODES[mode])
+    truth = lambda q, k, v, state, log_decay: recurrence(q, k, v, log_decay, state, given.reset, 64)
+    differentiable = (given.q, given.k, given.v, given.state)
+    cotangents = random_like(jax.eval_shape(f, *differentiable))
+
+    def with_decay(differentiable, cotangents, log_decay):
+        return with_gradients(functools.partial(truth, log_decay=log_decay))(differentiable, cotangents)
+
+    actual = jit(with_gradients(f))(differentiable, cotangents)
+    assert_close(actual, in_float64(with_decay, differentiable, cotangents, given.log_decay), jnp.float32)
 
 
 decode_truth = functools.partial(recurrence, state=None, reset=None, chunk_size=64)
