@@ -31,13 +31,12 @@ CACHE = 4096
 
 
 def compile_cases() -> Iterator[CompileCase]:
-    """Yield a training step and a decode step of each released model, and a forward of the smaller."""
-    for name in ("ring-mini-linear-2.0", "ring-flash-linear-2.0"):
-        preset = PRESETS[name]
+    """Yield a forward, a training step and a decode step of each released model."""
+    for name in ("mini", "flash"):
+        preset = PRESETS[f"ring-{name}-linear-2.0"]
         config = dataclasses.replace(preset, num_layers=preset.period, num_experts=NUM_EXPERTS)
-        how = Numerics(aligned=False, dtype="bfloat16", remat="full", kernels="pallas")
-        if name == "ring-mini-linear-2.0":
-            yield _forward(name, config, how)
+        how = Numerics(aligned=False, dtype="bfloat16", kernels="pallas")
+        yield _forward(name, config, how)
         yield _step(name, config, how)
         yield _decode(name, config, how)
 
@@ -56,8 +55,8 @@ def _rounded(params: Any, how: Numerics) -> Any:
 def _case(kind: str, name: str, config: ModelConfig, program: Any, arguments: tuple[Any, ...], tokens: int, donate: tuple[int, ...] = ()):
     per_token = flops.training_flops_per_token(config, TOKENS)
     return CompileCase(
-        kernel=f"model.{kind}",
-        shape=name,
+        kernel=f"model.{name}.{kind}",
+        shape=f"{config.num_layers} layers, {tokens} tokens",
         targets=TARGETS,
         program=program,
         arguments=arguments,
