@@ -198,7 +198,7 @@ class _Measurement:
         with jax.enable_x64(True):
             return jax.block_until_ready(jax.jit(lambda *x: wrapped(*jax.tree.map(double, x)))(*lead, *self.arguments))
 
-    def jax_peer(self, f: Callable | InPlace) -> tuple[Callable[[int], float], tuple[float, float]]:
+    def in_jax(self, f: Callable | InPlace) -> tuple[Callable[[int], float], tuple[float, float]]:
         """Return the clock and the errors of a jax implementation."""
         if not isinstance(f, InPlace):
             program = self._program(f)
@@ -215,7 +215,7 @@ class _Measurement:
 
         return clock(call), self.errors(call(0))
 
-    def torch_peer(self, f: Callable) -> tuple[Callable[[int], float], tuple[float, float]]:
+    def in_torch(self, f: Callable) -> tuple[Callable[[int], float], tuple[float, float]]:
         """Return the clock and the errors of a torch implementation; raises ImportError without torch."""
         from pallas_kernels import torch_peer
 
@@ -234,11 +234,13 @@ def measure(problem: Problem, dtype: str, seconds: float, left_out: list[dict[st
     arguments = problem.inputs()
     for direction in range(2 if problem.differentiable else 1):
         measurement = _Measurement(problem, arguments, bool(direction))
-        clocks, errors, ours = {}, {}, problem.implementations
-        for name, f in (*ours.items(), *problem.torch.items()):
+        clocks, errors = {}, {}
+        calls = {name: functools.partial(measurement.in_jax, f) for name, f in problem.implementations.items()}
+        calls |= {name: functools.partial(measurement.in_torch, f) for name, f in problem.torch.items()}
+        for name, prepare in calls.items():
             labels = {"case": problem.case, "dtype": dtype, "implementation": name, "pass": ("forward", "both")[direction]}
             try:
-                clocks[name], errors[name] = (measurement.jax_peer if name in ours else measurement.torch_peer)(f)
+                clocks[name], errors[name] = prepare()
             except Exception as error:  # a peer, or a kernel that does not compile here: the others are still worth their times
                 lines = str(error).strip().splitlines() or [""]
                 expected = name.startswith("peer") or isinstance(error, NotImplementedError)
@@ -286,7 +288,7 @@ def compare(records: list[dict[str, Any]], problem: Problem, peaks: tuple[float,
 
 
 _COLUMNS = "{:<23}{:<8}{:<30}{:>10}{:>11}{:>6}{:>10}{:>10}{:>8}{:>9}{:>9}{:>8}{:>8}  {}"
-_HEADER = "case|pass|implementation|ms|kernels|runs|us/token|GFLOP/s|GB/s|ceiling|error|floors|x peer|targets".split("|")
+_HEADER = ("case", "pass", "implementation", "ms", "kernels", "runs", "us/token", "GFLOP/s", "GB/s", "ceiling", "error", "floors", "x peer")
 
 
 def _line(r: Mapping[str, Any]) -> str:
@@ -325,6 +327,7 @@ def main(op: str, problems: Callable[[DTypeLike, bool], Iterable[Problem]]) -> N
     parser = argparse.ArgumentParser(prog=f"python -m pallas_kernels.{op}.bench", description=f"Time {op} beside its peers.")
     arguments = options(parser).parse_args()
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.6")  # torch shares a GPU's memory
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # and a CPU's cores, where its waiting threads would spin: 100 times slower
     on_cpu, records, left_out, peaks = platform() == "cpu", [], [], {}
     seconds = 0.2 if arguments.quick else 1.0 if on_cpu else 0.4
     here = {"device": jax.devices()[0].device_kind, "backend": jax.default_backend(), "cpu": machine.machine(), "jax": jax.__version__}
@@ -339,7 +342,7 @@ def main(op: str, problems: Callable[[DTypeLike, bool], Iterable[Problem]]) -> N
             continue
         peaks[dtype] = copy, product = tuple(max(x) for x in zip(*found, strict=True))
         print(f"\n{dtype}: copy or read {copy / 1e9:.1f} GB/s, product {product / 1e9:.0f} GFLOP/s")
-        print(_COLUMNS.format(*_HEADER))
+        print(_COLUMNS.format(*_HEADER, "targets"))
         for problem, rows in zip(chosen, measured, strict=True):
             compare(rows, problem, peaks[dtype])
             print(*map(_line, rows), sep="\n", flush=True)

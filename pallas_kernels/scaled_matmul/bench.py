@@ -25,7 +25,7 @@ TARGETS = (Target(1 / 1.3, PEER, "1.3x the bf16 rate"), Target(1, "second", "130
 
 
 def quantised_inputs(case: Case, dtype: DTypeLike) -> tuple:
-    """Return both operands quantised, then what peers take instead: their numbers in `dtype`, the scales of blocks [N / 128, K / 128], rows."""
+    """Return both operands quantised, then what peers take: their numbers in `dtype`, blocks' scales [N / 128, K / 128], `torch_rows`'."""
 
     @jax.jit
     def make(x, w):
@@ -85,8 +85,7 @@ def problems(dtype: DTypeLike, quick: bool) -> Iterator[Problem]:
             tokens=case.M,
             inputs=functools.partial(inputs, case, dtype),
             differentiable=(0, 1),
-            implementations={kernel: functools.partial(fp8_matmul, implementation=kernel) for kernel in names}
-            | {PEER: lambda x, w: x @ w},
+            implementations={kernel: functools.partial(fp8_matmul, implementation=kernel) for kernel in names} | {PEER: lambda x, w: x @ w},
             truth=lambda x, w: x @ w,
             flops=(flops, 2 * flops),
             bytes=((operands + result) * size, 2 * (operands + result) * size),
