@@ -46,8 +46,9 @@ lint: env  ## ruff and pyright
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 
-bench: env  ## training, prefill and decode on this machine, beside mlx-lm
+bench: env  ## training, prefill and decode on this machine, beside mlx-lm; then every op beside its peers
 	$(BIN)/python -m ring_jax.train.bench
+	$(BIN)/python -m pallas_kernels.bench
 
 clean:  ## remove what was built
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -1,55 +1,127 @@
 """What the ops' benchmarks share: timing side by side, errors against float64, the machine's ceilings, tables and JSON."""
 
 import argparse
+import functools
+import itertools
 import json
-import platform
+import os
+import pathlib
+import platform as machine
 import statistics
+import sys
+import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.typing import DTypeLike
 
-CACHE_BYTES = 64 << 20
-"""Inputs that rotate are larger than this together, as far as MAX_COPIES reaches, so that no run finds its inputs in the cache."""
-MAX_COPIES = 16
+from pallas_kernels.compat import dot_precision, platform
+
+CACHE_BYTES = 128 << 20
+"""Copies of the inputs rotate; they are larger than this together, as far as MAX_COPIES reaches: no run finds its inputs in a cache."""
+MAX_COPIES = 64
+BURST = 0.01
+"""Seconds of calls that an accelerator is given at a time, so that it does not wait for the host."""
+TRACED = 1e-3
+"""Seconds of a GPU's call below which the host may be the slower one: the GPU's own trace then says how long its kernels took."""
+DTYPES = {"fp32": jnp.float32, "bf16": jnp.bfloat16}
+_NATIVE = {"cpu": ("xla",), "gpu": ("pallas_gpu", "jax_triton", "xla"), "tpu": ("pallas_tpu", "xla")}
+_OPTIONS = {"xla_allow_excess_precision": False}
+
+
+class InPlace(NamedTuple):
+    """An implementation that takes over the buffers of the arguments at `updates`: it returns its output, then their new values."""
+
+    run: Callable[..., tuple]
+    updates: tuple[int, ...]
+
+
+class Target(NamedTuple):
+    """What our implementations should reach: at most `ratio` times the time of a peer in the same run, of the "floor" or of a "second"."""
+
+    ratio: float
+    of: str
+    label: str = ""
 
 
 class Problem(NamedTuple):
     """One case: its implementations in one signature, and what it costs at least.
 
-    inputs(seed) returns the arguments; those named by `differentiable` (positions) get a gradient, the others are constants. Without
-    any the forward alone is timed.
+    Implementations whose name begins with "peer" are not ours. `torch` are peers on torch tensors in place of arrays; what they import
+    may be missing. Arguments at `differentiable` get a gradient, the others are constants; without any the forward alone is timed.
     truth is the reference, run in float64. flops and bytes are (forward, backward) of the op itself, whoever computes it.
-    host are implementations outside of JAX: functions of numpy arrays, timed forward only.
+    `peer` is whose time others are compared with; targets are by pass, "forward" or "both".
     """
 
     case: str
-    inputs: Callable[[int], tuple]
+    tokens: int
+    inputs: Callable[[], tuple]
     differentiable: tuple[int, ...]
-    implementations: Mapping[str, Callable[..., jax.Array]]
+    implementations: Mapping[str, Callable[..., jax.Array] | InPlace]
     truth: Callable[..., jax.Array]
     flops: tuple[float, float]
     bytes: tuple[float, float]
-    host: Mapping[str, Callable[..., np.ndarray]] = {}
+    torch: Mapping[str, Callable] = {}
+    peer: str = ""
+    targets: Mapping[str, tuple[Target, ...]] = {}
 
 
-def interleaved(runs: Mapping[Any, Callable[[int], Any]], seconds: float) -> dict[Any, list[float]]:
-    """Return the times of each run; they take turns, so that a slow moment hits them all."""
-    for run in runs.values():
-        jax.block_until_ready(run(0))
-    times: dict[Any, list[float]] = {name: [] for name in runs}
-    until, turn = time.perf_counter() + seconds * len(runs), 0
+def native(table: Iterable[str]) -> list[str]:
+    """Return the implementations of a table that are meant for this platform; interpreted kernels are not timed."""
+    return [name for name in _NATIVE[platform()] if name in table]
+
+
+def clock(call: Callable[[int], Any]) -> Callable[[int], float]:
+    """Return the function that makes so many calls of a jax program and returns the seconds of one."""
+    turns = itertools.count()
+
+    def run(calls):
+        start, out = time.perf_counter(), None
+        for _ in range(calls):
+            out = call(next(turns))
+        jax.block_until_ready(out)
+        return (time.perf_counter() - start) / calls
+
+    return run
+
+
+def _burst(run: Callable[[int], float]) -> int:
+    """Return how many calls fill a burst: one on a CPU, which does nothing beside them. The first calls compile and warm up."""
+    once = min(run(1) for _ in range(2))
+    return 1 if platform() == "cpu" else int(np.clip(BURST / once, 1, 500))
+
+
+def interleaved(clocks: Mapping[Any, Callable[[int], float]], seconds: float) -> dict[Any, list[float]]:
+    """Return the times of a call of each; they take turns, so that a slow moment hits them all."""
+    bursts = {name: _burst(run) for name, run in clocks.items()}
+    times: dict[Any, list[float]] = {name: [] for name in clocks}
+    until, turn = time.perf_counter() + seconds * len(clocks), 0
     while turn < 5 or (turn < 200 and time.perf_counter() < until):
-        for name, run in runs.items():
-            start = time.perf_counter()
-            jax.block_until_ready(run(turn))
-            times[name].append(time.perf_counter() - start)
+        for name, run in clocks.items():
+            times[name].append(run(bursts[name]))
         turn += 1
     return times
+
+
+def kernel_seconds(run: Callable[[int], float], calls: int) -> float | None:
+    """Return how long a GPU's kernels took a call, whoever started them, by the trace of its driver; None without one."""
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            with jax.profiler.trace(folder):
+                run(calls)
+        except RuntimeError:  # a driver that does not let us trace
+            return None
+        total = 0.0
+        for path in pathlib.Path(folder).glob("**/*.xplane.pb"):
+            for plane in jax.profiler.ProfileData.from_file(str(path)).planes:
+                streams = [x for x in plane.lines if x.name.startswith("Stream")] if plane.name.startswith("/device:GPU") else []
+                total += sum(event.duration_ns for stream in streams for event in stream.events)
+    return total / 1e9 / calls or None
 
 
 def ceilings(dtype: DTypeLike, seconds: float) -> tuple[float, float]:
@@ -58,16 +130,16 @@ def ceilings(dtype: DTypeLike, seconds: float) -> tuple[float, float]:
     The best of several sizes and of all runs: nothing should exceed a ceiling.
     """
     copy, read = jax.jit(lambda x: x + 1), jax.jit(lambda x: jnp.ones(1024) @ x.reshape(1024, -1))
-    product = jax.jit(lambda x: jnp.dot(x, x, preferred_element_type=jnp.float32))
-    moves, products = {}, {}
-    for size in (1 << 20, 4 << 20, 64 << 20):
+    product = jax.jit(functools.partial(jnp.dot, preferred_element_type=jnp.float32, precision=dot_precision(jnp.dtype(dtype))))
+    on_cpu, moves, products = platform() == "cpu", {}, {}
+    for size in (1 << 20, 4 << 20, 64 << 20) if on_cpu else (1 << 30,):
         arrays = [jnp.full(size // 4, i, jnp.float32) for i in range(max(2, CACHE_BYTES // size))]
-        moves[2 * size] = lambda i, arrays=arrays: copy(arrays[i % len(arrays)])
-        moves[size] = lambda i, arrays=arrays: read(arrays[i % len(arrays)])
-    for size in (512, 1024, 2048) if jax.default_backend() == "cpu" else (4096, 8192):
-        square = jnp.ones((size, size), dtype)
-        products[2 * size**3] = lambda _, square=square: product(square)
-    best = lambda runs: max(work / min(times) for work, times in interleaved(runs, seconds).items())
+        moves[2 * size] = clock(lambda i, arrays=arrays: copy(arrays[i % len(arrays)]))
+        moves[size] = clock(lambda i, arrays=arrays: read(arrays[i % len(arrays)]))
+    for size in (512, 1024, 2048) if on_cpu else (4096, 8192):
+        square = jax.random.normal(jax.random.key(0), (size, size), dtype)  # a GPU is faster, as it draws less power, on a constant
+        products[2 * size**3] = clock(lambda _, square=square: product(square, square))
+    best = lambda clocks: max(work / min(times) for work, times in interleaved(clocks, seconds).items())
     return best(moves), best(products)
 
 
@@ -87,66 +159,195 @@ def _with_gradients(f: Callable, positions: tuple[int, ...]) -> Callable:
     return run
 
 
-def _error(actual: Any, truth: Any) -> float:
-    """Return the largest error of any array of a tree, relative to the array's largest value."""
-    pairs = zip(jax.tree.leaves(actual), jax.tree.leaves(truth), strict=True)
-    return max(float(np.abs(np.asarray(a).astype(np.float64) - t).max() / max(np.abs(t).max(), 1e-300)) for a, t in pairs)
+@jax.jit
+def _errors(actual: Any, truth: Any) -> tuple[jax.Array, jax.Array]:
+    """Return the largest error of any array, relative to its largest value, and the rms error in units of that of rounding to bf16."""
+    largest, floors = [], []
+    for a, t in zip(jax.tree.leaves(actual), jax.tree.leaves(truth), strict=True):
+        error, rounding = a.astype(t.dtype) - t, lax.reduce_precision(t, 8, 7) - t
+        largest.append(jnp.abs(error).max() / jnp.maximum(jnp.abs(t).max(), 1e-300))
+        floors.append(jnp.sqrt(jnp.square(error).mean() / jnp.maximum(jnp.square(rounding).mean(), 1e-300)))
+    return jnp.stack(largest).max(), jnp.stack(floors).max()
 
 
-def measure(problem: Problem, dtype: str, seconds: float) -> Iterator[dict[str, Any]]:
-    """Yield a record for each implementation, forward and forward with backward."""
-    one = jax.tree.leaves(problem.inputs(0))
-    copies = int(np.clip(CACHE_BYTES // sum(x.nbytes for x in one) + 1, 2, MAX_COPIES))
-    arguments = [problem.inputs(seed) for seed in range(copies)]
-    double = lambda x: np.asarray(x).astype(np.float64) if jnp.issubdtype(x.dtype, jnp.floating) else np.asarray(x)
-    out = jax.eval_shape(next(iter(problem.implementations.values())), *arguments[0])
-    cotangent = jnp.asarray(np.random.default_rng(0).standard_normal(out.shape), out.dtype)
-    options = {"xla_allow_excess_precision": False}
-    directions = (lambda f: f, lambda f: _with_gradients(f, problem.differentiable))
-    for direction, wrap in enumerate(directions[: 2 if problem.differentiable else 1]):
-        lead = (cotangent,) if direction else ()
-        programs = {name: jax.jit(wrap(f), compiler_options=options) for name, f in problem.implementations.items()}
+class _Measurement:
+    """The implementations of a problem in one direction: each is called once for its error, then all are timed."""
+
+    def __init__(self, problem: Problem, arguments: tuple, backward: bool):
+        self.problem, self.arguments = problem, arguments
+        self.positions = problem.differentiable if backward else ()
+        size = sum(x.nbytes for x in jax.tree.leaves(arguments))
+        self.copies = int(np.clip(CACHE_BYTES // size + 1, 2, MAX_COPIES))
+        self.sets = [arguments, *(jax.tree.map(jnp.copy, arguments) for _ in range(self.copies - 1))]
+        self.cotangent: jax.Array | None = None
+        if backward:
+            out = jax.eval_shape(problem.truth, *arguments)
+            dtype = jax.tree.leaves([arguments[p] for p in self.positions])[0].dtype
+            self.cotangent = jnp.asarray(np.random.default_rng(0).standard_normal(out.shape, np.float32), dtype)
+        self.truth = self._truth()
+
+    def _program(self, f: Callable, donate: tuple[int, ...] = ()) -> Callable:
+        if self.cotangent is None:
+            return jax.jit(f, donate_argnums=donate, compiler_options=_OPTIONS)
+        return functools.partial(jax.jit(_with_gradients(f, self.positions), compiler_options=_OPTIONS), self.cotangent)
+
+    def _truth(self):
+        double = lambda x: x.astype(jnp.float64) if jnp.issubdtype(x.dtype, jnp.floating) else x
+        wrapped = _with_gradients(self.problem.truth, self.positions) if self.positions else self.problem.truth
+        lead = () if self.cotangent is None else (self.cotangent,)
         with jax.enable_x64(True):
-            truth = jax.tree.map(np.asarray, jax.jit(wrap(problem.truth))(*jax.tree.map(double, (*lead, *arguments[0]))))
-        results = {name: jax.tree.map(np.asarray, program(*lead, *arguments[0])) for name, program in programs.items()}
-        runs: dict[str, Any] = {name: lambda i, f=f, lead=lead: f(*lead, *arguments[i % copies]) for name, f in programs.items()}
-        for name, f in problem.host.items() if not direction else ():
-            results[name], runs[name] = f(*arguments[0]), lambda i, f=f: f(*arguments[i % copies])
-        flops, moved = (sum(x[: direction + 1]) for x in (problem.flops, problem.bytes))
-        for name, times in interleaved(runs, seconds).items():
+            return jax.block_until_ready(jax.jit(lambda *x: wrapped(*jax.tree.map(double, x)))(*lead, *self.arguments))
+
+    def in_jax(self, f: Callable | InPlace) -> tuple[Callable[[int], float], tuple[float, float]]:
+        """Return the clock and the errors of a jax implementation."""
+        if not isinstance(f, InPlace):
+            program = self._program(f)
+            return clock(lambda i: program(*self.sets[i % self.copies])), self.errors(program(*self.arguments))
+        program = self._program(f.run, f.updates)
+        own = [[jax.tree.map(jnp.copy, x) if i in f.updates else x for i, x in enumerate(each)] for each in self.sets]
+
+        def call(i):
+            arguments = own[i % self.copies]
+            out, *values = program(*arguments)
+            for position, value in zip(f.updates, values, strict=True):
+                arguments[position] = value
+            return out
+
+        return clock(call), self.errors(call(0))
+
+    def in_torch(self, f: Callable) -> tuple[Callable[[int], float], tuple[float, float]]:
+        """Return the clock and the errors of a torch implementation; raises ImportError without torch."""
+        from pallas_kernels import torch_peer
+
+        call = torch_peer.caller(f, self.copies, self.arguments, self.positions, self.cotangent)
+        return torch_peer.clock(call), self.errors(torch_peer.arrays(call(0)))
+
+    def errors(self, result: Any) -> tuple[float, float]:
+        """Return `_errors` of a result."""
+        with jax.enable_x64(True):
+            largest, floors = _errors(result, self.truth)
+            return float(largest), float(floors)
+
+
+def measure(problem: Problem, dtype: str, seconds: float, left_out: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Yield a record for each implementation, forward and forward with backward; say, and add to `left_out`, which do not run and why."""
+    arguments = problem.inputs()
+    for direction in range(2 if problem.differentiable else 1):
+        measurement = _Measurement(problem, arguments, bool(direction))
+        clocks, errors = {}, {}
+        calls = {name: functools.partial(measurement.in_jax, f) for name, f in problem.implementations.items()}
+        calls |= {name: functools.partial(measurement.in_torch, f) for name, f in problem.torch.items()}
+        for name, prepare in calls.items():
             labels = {"case": problem.case, "dtype": dtype, "implementation": name, "pass": ("forward", "both")[direction]}
-            yield labels | {
-                "seconds": statistics.median(times),
+            try:
+                clocks[name], errors[name] = prepare()
+            except Exception as error:  # a peer, or a kernel that does not compile here: the others are still worth their times
+                lines = str(error).strip().splitlines() or [""]
+                expected = name.startswith("peer") or isinstance(error, NotImplementedError)
+                left_out.append(labels | {"reason": f"{type(error).__name__}: {lines[0]}", "failed": not expected})
+                print(f"{problem.case}, {labels['pass']}: without {name}: {left_out[-1]['reason']}", flush=True)
+        flops, moved = (sum(x[: direction + 1]) for x in (problem.flops, problem.bytes))
+        for name, times in interleaved(clocks, seconds).items():
+            median, kernels = statistics.median(times), None
+            if platform() == "gpu" and median < TRACED:
+                kernels = kernel_seconds(clocks[name], 2 * measurement.copies)
+            yield {"case": problem.case, "dtype": dtype, "implementation": name, "pass": ("forward", "both")[direction]} | {
+                "seconds": median,
+                "kernel_seconds": kernels,
                 "runs": len(times),
-                "error": _error(results[name], truth),
+                "tokens": problem.tokens,
+                "error": errors[name][0],
+                "rounding_floors": errors[name][1] if dtype == "bf16" else None,
                 "flops": flops,
                 "bytes": moved,
             }
 
 
-def main(op: str, problems: Callable[[DTypeLike, bool], Iterator[Problem]]) -> None:
-    """Run an op's benchmark from the command line: `--quick` for the small cases in fp32, `--json FILE` for the records."""
-    parser = argparse.ArgumentParser(prog=f"python -m pallas_kernels.{op}.bench", description=f"Time {op} beside its peers.")
+def compare(records: list[dict[str, Any]], problem: Problem, peaks: tuple[float, float]) -> None:
+    """Add to a problem's records how they stand to the ceilings, to its peer and to its targets.
+
+    Where the host is slower than a GPU's kernels, the kernels' times are compared, if both are known.
+    """
+    for r in records:
+        floor = max(r["bytes"] / peaks[0], r["flops"] / peaks[1])
+        peers = {s["implementation"]: s for s in records if s["pass"] == r["pass"]}
+
+        def ratio(other, r=r):
+            unit = "kernel_seconds" if r["kernel_seconds"] and other["kernel_seconds"] else "seconds"
+            return r[unit] / other[unit]
+
+        r["of_ceiling"] = floor / (r["kernel_seconds"] or r["seconds"])
+        r["x_peer"] = 1 / ratio(peers[problem.peer]) if problem.peer in peers else None
+        r["targets"] = []
+        for target in problem.targets.get(r["pass"], ()) if not r["implementation"].startswith("peer") else ():
+            absolute = {"floor": 1 / r["of_ceiling"], "second": r["kernel_seconds"] or r["seconds"]}
+            reached = ratio(peers[target.of]) if target.of in peers else absolute.get(target.of)
+            label = target.label or f"{target.ratio:.2g}x {target.of.removeprefix('peer: ')}"
+            met = None if reached is None else reached <= target.ratio
+            r["targets"].append({"target": label, "of": target.of, "ratio": target.ratio, "reached": reached, "met": met})
+
+
+_COLUMNS = "{:<23}{:<8}{:<30}{:>10}{:>11}{:>6}{:>10}{:>10}{:>8}{:>9}{:>9}{:>8}{:>8}  {}"
+_HEADER = ("case", "pass", "implementation", "ms", "kernels", "runs", "us/token", "GFLOP/s", "GB/s", "ceiling", "error", "floors", "x peer")
+
+
+def _line(r: Mapping[str, Any]) -> str:
+    """Return a record as a line of the table."""
+    optional = lambda x, form: "-" if x is None else format(x, form)
+    busy = r["kernel_seconds"] or r["seconds"]
+    verdict = {None: "no peer", True: "met", False: "missed"}
+    return _COLUMNS.format(
+        r["case"],
+        r["pass"],
+        r["implementation"],
+        f"{r['seconds'] * 1e3:.3f}",
+        optional(r["kernel_seconds"] and r["kernel_seconds"] * 1e3, ".4f"),
+        r["runs"],
+        f"{r['seconds'] / r['tokens'] * 1e6:.3f}",
+        f"{r['flops'] / busy / 1e9:.1f}",
+        f"{r['bytes'] / busy / 1e9:.1f}",
+        f"{r['of_ceiling']:.1%}",
+        f"{r['error']:.1e}",
+        optional(r["rounding_floors"], ".2f"),
+        optional(r["x_peer"], ".2f"),
+        "; ".join(f"{t['target']}: {verdict[t['met']]}" for t in r["targets"]),
+    ).rstrip()
+
+
+def options(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Return the parser with the options that all benchmarks have."""
     parser.add_argument("--json", metavar="FILE", help="also write the records to FILE")
     parser.add_argument("--quick", action="store_true", help="small cases, fp32, few runs")
-    arguments = parser.parse_args()
-    seconds, records, peaks = (0.2 if arguments.quick else 1.0), [], {}
-    machine = {"device": jax.devices()[0].device_kind, "backend": jax.default_backend(), "cpu": platform.machine(), "jax": jax.__version__}
-    print(f"{op}: {machine['device']} ({machine['cpu']}), jax {machine['jax']}")
-    for dtype in ("fp32",) if arguments.quick else ("fp32", "bf16"):
-        array_type, measured, found = {"fp32": jnp.float32, "bf16": jnp.bfloat16}[dtype], [], []
-        for problem in problems(array_type, arguments.quick):
-            found.append(ceilings(array_type, seconds / 4))  # before each case: the best moment of the whole run counts
-            measured += measure(problem, dtype, seconds)
+    parser.add_argument("--case", metavar="TEXT", default="", help="only the cases whose name contains TEXT")
+    return parser
+
+
+def main(op: str, problems: Callable[[DTypeLike, bool], Iterable[Problem]]) -> None:
+    """Run an op's benchmark from the command line; exit status 1 if an implementation of ours fails other than by refusing a case."""
+    parser = argparse.ArgumentParser(prog=f"python -m pallas_kernels.{op}.bench", description=f"Time {op} beside its peers.")
+    arguments = options(parser).parse_args()
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.6")  # torch shares a GPU's memory
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # and a CPU's cores, where its waiting threads would spin: 100 times slower
+    on_cpu, records, left_out, peaks = platform() == "cpu", [], [], {}
+    seconds = 0.2 if arguments.quick else 1.0 if on_cpu else 0.4
+    here = {"device": jax.devices()[0].device_kind, "backend": jax.default_backend(), "cpu": machine.machine(), "jax": jax.__version__}
+    print(f"{op}: {here['device']} ({here['cpu']}), jax {here['jax']}", flush=True)
+    for dtype in ("fp32",) if arguments.quick else ("fp32", "bf16") if on_cpu else ("bf16",):
+        chosen = [p for p in problems(DTYPES[dtype], arguments.quick) if arguments.case in p.case]
+        measured, found = [], []
+        for problem in chosen:
+            found.append(ceilings(DTYPES[dtype], seconds / 4))  # before each case: the best moment of the whole run counts
+            measured.append(list(measure(problem, dtype, seconds, left_out)))
+        if not chosen:
+            continue
         peaks[dtype] = copy, product = tuple(max(x) for x in zip(*found, strict=True))
         print(f"\n{dtype}: copy or read {copy / 1e9:.1f} GB/s, product {product / 1e9:.0f} GFLOP/s")
-        print(f"{'case':<18}{'pass':<9}{'implementation':<26}{'ms':>10}{'runs':>6}{'GFLOP/s':>10}{'GB/s':>8}{'ceiling':>9}{'error':>10}")
-        for r in measured:
-            r["of_ceiling"] = max(r["bytes"] / copy, r["flops"] / product) / r["seconds"]
-            rates = f"{r['flops'] / r['seconds'] / 1e9:>10.1f}{r['bytes'] / r['seconds'] / 1e9:>8.2f}{r['of_ceiling']:>9.1%}"
-            line = f"{r['case']:<18}{r['pass']:<9}{r['implementation']:<26}{r['seconds'] * 1e3:>10.3f}{r['runs']:>6}"
-            print(f"{line}{rates}{r['error']:>10.1e}", flush=True)
-        records += measured
+        print(_COLUMNS.format(*_HEADER, "targets"))
+        for problem, rows in zip(chosen, measured, strict=True):
+            compare(rows, problem, peaks[dtype])
+            print(*map(_line, rows), sep="\n", flush=True)
+            records += rows
     if arguments.json:
         with open(arguments.json, "w", encoding="utf-8") as file:
-            json.dump({"op": op, "machine": machine, "ceilings": peaks, "records": records}, file, indent=1)
+            json.dump({"op": op, "machine": here, "ceilings": peaks, "records": records, "left_out": left_out}, file, indent=1)
+    sys.exit(any(x["failed"] for x in left_out))

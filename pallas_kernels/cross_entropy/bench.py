@@ -34,12 +34,14 @@ def problems(dtype: DTypeLike, quick: bool) -> Iterator[Problem]:
         moved = jnp.dtype(dtype).itemsize * (case.N + case.vocab) * case.D
         yield Problem(
             case=name,
+            tokens=case.N,
             inputs=functools.partial(inputs, case, dtype),
             differentiable=(0, 1),
             implementations=IMPLEMENTATIONS,
             truth=lambda *arguments: reference.token_logprobs(*arguments)[0],
             flops=(product, 2 * product),
             bytes=(moved, 2 * moved),
+            peer="peer: log_softmax(h @ w)",
         )
 
 

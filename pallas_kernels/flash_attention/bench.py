@@ -33,12 +33,14 @@ def problems(dtype: DTypeLike, quick: bool) -> Iterator[Problem]:
         moved = jnp.dtype(dtype).itemsize * case.B * case.T * (case.H + case.G) * size
         yield Problem(
             case=name,
+            tokens=case.B * case.T,
             inputs=functools.partial(inputs, case, dtype),
             differentiable=(0, 1, 2),
             implementations=IMPLEMENTATIONS,
             truth=reference.flash_attention,
             flops=(2 * scores * size, 5 * scores * size),
             bytes=(moved, 2 * moved),
+            peer="peer: jax.nn",
         )
 
 

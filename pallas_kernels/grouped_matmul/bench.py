@@ -57,12 +57,14 @@ def problems(dtype: DTypeLike, quick: bool) -> Iterator[Problem]:
         moved = jnp.dtype(dtype).itemsize * (case.N * case.D + used * case.D * case.F + num * case.F)
         yield Problem(
             case=name,
+            tokens=case.N,
             inputs=functools.partial(inputs, case, dtype),
             differentiable=(0, 1),
             implementations=IMPLEMENTATIONS,
             truth=truth,
             flops=(2 * num * case.D * case.F, 4 * num * case.D * case.F),
             bytes=(moved, 2 * moved),
+            peer="peer: lax.ragged_dot",
         )
 
 

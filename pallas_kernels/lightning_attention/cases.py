@@ -42,6 +42,26 @@ TEST_CASES = {
 }
 
 BENCH_CASES = {f"T{length}": Case(1, length, 4, 128, 128) for length in (512, 1024, 4096, 16384)}
+BENCH_GPU_CASES = {
+    f"({B}, {T}, {H}, 128)": Case(B, T, H, 128, 128) for B, T, H in ((1, 16384, 64), (2, 4096, 16), (1, 4096, 16), (8, 2048, 32))
+}
+
+
+class DecodeCase(NamedTuple):
+    """One decode step: slots, heads, head size, chunk."""
+
+    slots: int
+    heads: int
+    size: int = 128
+    C: int = 64
+
+    def index(self) -> np.ndarray:
+        """Return the row each slot's token takes: every row of a chunk in turn, from the middle on."""
+        return (self.C // 2 + np.arange(self.slots)) % self.C
+
+
+BENCH_DECODE_CASES = {f"decode {slots}x4": DecodeCase(slots, 4) for slots in (1, 64, 256)}
+BENCH_GPU_DECODE_CASES = {f"decode {slots}x{heads}": DecodeCase(slots, heads) for heads in (16, 32, 64) for slots in (1, 64, 256)}
 
 
 class Inputs(NamedTuple):
@@ -66,6 +86,31 @@ def inputs(case: Case, dtype: DTypeLike, seed: int = 0) -> Inputs:
     chunk, per_grid = np.arange(-(-case.T // case.C)), GRID // case.C
     starts = (chunk % per_grid == 0) & (chunk // per_grid % 2 == np.arange(case.B)[:, None] % 2)
     return Inputs(q, k, v, log_decay, state, jnp.asarray(starts) if case.segments else None)
+
+
+def decode_inputs(case: DecodeCase, dtype: DTypeLike) -> tuple[jax.Array, ...]:
+    """Return the arguments of a step, made where they are used: q, k, v, states, buffers, log_decay, index.
+
+    Behind them are the states in `dtype`, and the states after the open chunks' tokens, which a recurrent step starts from.
+    """
+    slots, heads, size, index = case.slots, case.heads, case.size, case.index()
+    log_decay = -(2.0 ** (-8 * (np.arange(heads) + 1) / heads))
+
+    @jax.jit
+    def make(keys):
+        token, state = (slots, heads, size), (slots, heads, size, size)
+        q, k, v, *buffers = (
+            jax.random.normal(key, shape, dtype) for key, shape in zip(keys, [token] * 3 + [(slots, heads, case.C, size)] * 2, strict=True)
+        )
+        before = jax.random.normal(keys[0], state, jnp.float32)
+        age = index[:, None] - 1 - np.arange(case.C)  # tokens since a buffer's row
+        weights = np.where(age[:, None] >= 0, np.exp(log_decay[:, None] * np.maximum(age, 0)[:, None]), 0)  # [slots, heads, C]
+        keys, values = (x.astype(jnp.float32) for x in buffers)
+        added = jnp.einsum("bhc,bhck,bhcv->bhkv", weights.astype(np.float32), keys, values, precision="highest")
+        now = np.exp(log_decay * index[:, None])[:, :, None, None].astype(np.float32) * before + added
+        return q, k, v, before, *buffers, jnp.asarray(log_decay, jnp.float32), jnp.asarray(index, jnp.int32), before.astype(dtype), now
+
+    return make(jax.random.split(jax.random.key(0), 5))
 
 
 COMPILE_SIZES = {

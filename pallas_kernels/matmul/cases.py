@@ -53,6 +53,11 @@ COMPILE_SIZES = {
 }
 """Terms and columns of the released models' products."""
 
+BENCH_GPU_CASES = {"square": Case((8192,), 8192, 8192)} | {
+    f"{name} {num}": Case((num,), *size) for name, size in COMPILE_SIZES.items() for num in (8192, 64) if num * size[1] < 2**30
+}
+"""Without training's LM head: `cross_entropy` never has all logits at once."""
+
 
 def compile_cases() -> Iterator[CompileCase]:
     """Yield what the compile gates compile: training and decode rows, the gradients, and the router's fp32."""

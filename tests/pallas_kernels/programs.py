@@ -1,14 +1,26 @@
 """How the tests of the kernels run: programs compiled whole as at an entry of the project, and their float64 twins."""
 
 import functools
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 DTYPES = {"fp32": jnp.float32, "bf16": jnp.bfloat16}
+
+ON_GPU = (pytest.mark.gpu, pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a GPU"))
+"""Marks of what runs a GPU's kernels on a GPU; where there is none they are interpreted."""
+
+
+def with_native(modes: Iterable, cases: Iterable, released: Iterable) -> list:
+    """Return the parameters (mode, case): all pairs, and on a GPU its kernel with these cases and those of the released models' sizes."""
+    native = (pytest.param("pallas_gpu", case, marks=ON_GPU, id=f"native-{case}") for case in (*cases, *released))
+    return [*itertools.product(modes, cases), *native]
+
 
 jit = functools.partial(jax.jit, compiler_options={"xla_allow_excess_precision": False})
 """The jit of aligned programs: intermediates are rounded where the tile says."""

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from pallas_kernels import GRID
 from pallas_kernels.lightning_attention import lightning_attention, lightning_attention_step, lightning_attention_verify, reference
 from pallas_kernels.lightning_attention.cases import TEST_CASES, Case, inputs
-from tests.pallas_kernels.programs import DTYPES, in_float64, jit, random_like, with_gradients
+from tests.pallas_kernels.programs import DTYPES, ON_GPU, in_float64, jit, random_like, with_gradients, with_native
 from tests.pallas_kernels.tolerances import assert_close, assert_same_bits
 
 MODES = {
@@ -22,10 +22,14 @@ MODES = {
     "pallas_gpu": {"implementation": "pallas_gpu"},
 }
 """How the op is computed; kernels are interpreted here: what they do not write, or read from outside of an array, is NaN there."""
+native = pytest.param("pallas_gpu", marks=ON_GPU, id="native")
+every_mode = pytest.mark.parametrize("mode", [*MODES, native])
 EXACT = [mode for mode in MODES if mode != "fast"]
 """Those whose rows have one set of bits."""
-every_mode = pytest.mark.parametrize("mode", MODES)
-every_exact_mode = pytest.mark.parametrize("mode", EXACT)
+every_exact_mode = pytest.mark.parametrize("mode", [*EXACT, native])
+every_exact_mode_and_size = pytest.mark.parametrize(("mode", "size"), with_native(EXACT, [16], [128]))
+RELEASED = Case(2, 197, 2, 128, 128, state=True, segments=True)
+"""Heads as the released models have them: a GPU's tiles as they are there."""
 
 
 @functools.cache
@@ -61,25 +65,28 @@ def split(given):
     return (given.q, given.k, given.v, *state), call
 
 
+def case_of(name):
+    return RELEASED if name == "released" else TEST_CASES[name]
+
+
 @functools.cache
 def truth(name):
     """Return the float64 program of a case: (inputs, log_decay, reset, cotangents) -> value and gradients."""
 
     def run(differentiable, log_decay, reset, cotangents):
-        f = lambda q, k, v, state=None: recurrence(q, k, v, log_decay, state, reset, TEST_CASES[name].C)
+        f = lambda q, k, v, state=None: recurrence(q, k, v, log_decay, state, reset, case_of(name).C)
         return with_gradients(f)(differentiable, cotangents)
 
     return run
 
 
-@every_mode
+@pytest.mark.parametrize(("mode", "name"), with_native(MODES, TEST_CASES, ["released"]))
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", TEST_CASES)
 def test_value_and_gradients(name, dtype, mode):
-    dtype = DTYPES[dtype]
-    given = inputs(TEST_CASES[name], dtype)
+    dtype, case = DTYPES[dtype], case_of(name)
+    given = inputs(case, dtype)
     differentiable, call = split(given)
-    f = functools.partial(call, functools.partial(lightning_attention, chunk_size=TEST_CASES[name].C, **MODES[mode]))
+    f = functools.partial(call, functools.partial(lightning_attention, chunk_size=case.C, **MODES[mode]))
     cotangents = random_like(jax.eval_shape(f, *differentiable))
     actual = jit(with_gradients(f))(differentiable, cotangents)
     assert actual[0][0].dtype == dtype
@@ -144,12 +151,12 @@ def buffers_at(given, start, rows, chunk_size):
     return buffer(given.k), buffer(given.v)
 
 
-@every_exact_mode
+@every_exact_mode_and_size
 @pytest.mark.parametrize(("dtype", "chunk_size"), [("fp32", 64), ("bf16", 64), ("bf16", 128)])
-def test_decode_rows_have_the_bits_of_training_at_every_position(dtype, chunk_size, mode):
+def test_decode_rows_have_the_bits_of_training_at_every_position(dtype, chunk_size, size, mode):
     """Every position of the first two chunks, as 2 C slots of one batch; a third chunk is left open in training."""
     length, width = 2 * chunk_size + 9, 2 * chunk_size
-    given = inputs(Case(2, length, 2, 16, 16, C=chunk_size), DTYPES[dtype])
+    given = inputs(Case(2, length, 2, size, size, C=chunk_size), DTYPES[dtype])
     run = functools.partial(step(mode), may_fold=False)
     out, _ = forward(chunk_size, mode)(*given[:4])
     for row in range(2):
@@ -169,12 +176,12 @@ def test_decode_rows_have_the_bits_of_training_at_every_position(dtype, chunk_si
                 assert_same_bits(rows, out[row, chosen])
 
 
-@every_exact_mode
+@every_exact_mode_and_size
 @pytest.mark.parametrize(("dtype", "chunk_size"), [("fp32", 64), ("bf16", 64), ("fp32", 128)])
-def test_full_chunks_are_folded_into_the_states_of_the_forward(dtype, chunk_size, mode):
+def test_full_chunks_are_folded_into_the_states_of_the_forward(dtype, chunk_size, size, mode):
     """The last token of a chunk moves the state on; a slot whose chunk stays open, and one without a token, keep theirs."""
     length = 2 * chunk_size
-    given = inputs(Case(3, length, 2, 16, 16, C=chunk_size, state=True), DTYPES[dtype])
+    given = inputs(Case(3, length, 2, size, size, C=chunk_size, state=True), DTYPES[dtype])
     state = given.state
     for start in range(0, length, chunk_size):
         last = [x[:, start + chunk_size - 1] for x in given[:3]]

@@ -13,24 +13,25 @@ from pallas_kernels import compat
 from pallas_kernels.matmul import ROW_TILE, map_row_tiles, matmul, reference, row_tiled
 from pallas_kernels.matmul.api import IMPLEMENTATIONS
 from pallas_kernels.matmul.cases import TEST_CASES, Case, inputs
-from tests.pallas_kernels.programs import DTYPES, in_float64, jit, random_like, with_gradients
+from tests.pallas_kernels.programs import DTYPES, ON_GPU, in_float64, jit, random_like, with_gradients, with_native
 from tests.pallas_kernels.tolerances import assert_close, assert_same_bits
 
 ROW_COUNTS = (1, 8, ROW_TILE - 1, ROW_TILE, ROW_TILE + 1, 64, 200, 300)
 FEW_COUNTS = (1, ROW_TILE + 1, 200)
 truth = with_gradients(reference.matmul)
 aligned = {name: jit(functools.partial(matmul, aligned=True, implementation=name)) for name in IMPLEMENTATIONS}
-every_implementation = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+native = pytest.param("pallas_gpu", marks=ON_GPU, id="native")
+every_implementation = pytest.mark.parametrize("implementation", [*IMPLEMENTATIONS, native])
+RELEASED = {"released_training": Case((300,), 2048, 6144), "released_decode": Case((3,), 5120, 2048)}
 
 
-@every_implementation
+@pytest.mark.parametrize(("implementation", "name"), with_native(IMPLEMENTATIONS, TEST_CASES, RELEASED))
 @pytest.mark.parametrize("is_aligned", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", TEST_CASES)
 def test_value_and_gradients(name, dtype, is_aligned, implementation):
     """Of an interpreted kernel, too: what it does not write, or reads from outside of a matrix, is NaN there."""
     dtype = DTYPES[dtype]
-    x, w = inputs(TEST_CASES[name], dtype)
+    x, w = inputs((TEST_CASES | RELEASED)[name], dtype)
     cotangent = random_like(jax.eval_shape(matmul, x, w))
     actual = jit(with_gradients(functools.partial(matmul, aligned=is_aligned, implementation=implementation)))((x, w), cotangent)
     assert_close(actual, in_float64(truth, (x, w), cotangent), dtype)
@@ -44,11 +45,12 @@ def test_out_dtype_keeps_the_accumulator(is_aligned, implementation):
     assert_close(y, in_float64(reference.matmul, x, w), jnp.float32)
 
 
-@every_implementation
-@pytest.mark.parametrize(("terms", "columns"), [(96, 8), (96, 40), (400, 150)])
+@pytest.mark.parametrize(
+    ("implementation", "sizes"), with_native(IMPLEMENTATIONS, [(96, 8), (96, 40), (400, 150)], [(2048, 2048), (2048, 6144)])
+)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_rows_do_not_depend_on_how_many_there_are(terms, columns, dtype, implementation):
-    x, w = inputs(Case((max(ROW_COUNTS),), terms, columns), DTYPES[dtype])
+def test_rows_do_not_depend_on_how_many_there_are(sizes, dtype, implementation):
+    x, w = inputs(Case((max(ROW_COUNTS),), *sizes), DTYPES[dtype])
     run = aligned[implementation]
     y = run(x, w)
     for num in ROW_COUNTS if implementation == "xla" else FEW_COUNTS:

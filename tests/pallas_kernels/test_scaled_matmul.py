@@ -13,7 +13,7 @@ from pallas_kernels.scaled_matmul import Quantized, fp8_matmul, reference, scale
 from pallas_kernels.scaled_matmul import quantize as quantize_array
 from pallas_kernels.scaled_matmul.cases import TEST_CASES, Case, inputs
 from pallas_kernels.scaled_matmul.quantized import GROUP, LARGEST, SMALLEST_SCALE
-from tests.pallas_kernels.programs import DTYPES, in_float64, jit, random_like, with_gradients
+from tests.pallas_kernels.programs import DTYPES, ON_GPU, in_float64, jit, random_like, with_gradients
 from tests.pallas_kernels.tolerances import assert_close, assert_same_bits, rms
 
 IMPLEMENTATIONS = ("xla", "pallas_tpu", "pallas_gpu")
@@ -23,6 +23,9 @@ KERNELS = {
     for name in IMPLEMENTATIONS
     for out in OUT_DTYPES
 }
+native = pytest.param("pallas_gpu", marks=ON_GPU, id="native")
+every_implementation = pytest.mark.parametrize("implementation", [*IMPLEMENTATIONS, native])
+RELEASED = Case(300, 2048, 6144)
 compiled_quantize = jax.jit(quantize_array, static_argnames=("block", "transpose", "power_of_two"))
 
 
@@ -60,13 +63,24 @@ def test_products_of_every_implementation(name, block):
         assert_close(jit(scaled_matmul)(a, b), truth, jnp.float32)
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@every_implementation
 def test_rows_do_not_depend_on_how_many_there_are(implementation):
     a, b = operands(Case(300, 256, 128), True)
     everything = product(implementation)(a, b)
     for rows in (1, 128, 129):
         for part in (slice(rows), slice(300 - rows, None)):
             assert_same_bits(product(implementation)(Quantized(a.values[part], a.scales[:, part]), b), everything[part])
+
+
+@pytest.mark.parametrize("block", [False, True])
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=ON_GPU, id=name) for name, case in (TEST_CASES | {"released": RELEASED}).items()]
+)
+def test_products_on_a_gpu(case, block):
+    a, b = operands(case, block)
+    truth = in_float64(reference.scaled_matmul, a, b)
+    for out_dtype in (jnp.float32, jnp.bfloat16):
+        assert_close(product("pallas_gpu", out_dtype)(a, b), truth, out_dtype)
 
 
 def test_a_row_is_quantised_by_itself():
@@ -95,6 +109,8 @@ def quantised_truth(x, w, dy, power_of_two):
         ("all_odd", "pallas_tpu", "bf16"),
         ("all_odd", "pallas_gpu", "fp32"),
         ("whole_tiles", "pallas_gpu", "bf16"),
+        pytest.param("all_odd", "pallas_gpu", "fp32", marks=ON_GPU, id="native-fp32"),
+        pytest.param("whole_tiles", "pallas_gpu", "bf16", marks=ON_GPU, id="native-bf16"),
     ],
 )
 def test_fp8_matmul_and_its_gradients(name, implementation, dtype):
@@ -205,7 +221,7 @@ def test_what_is_not_finite_becomes_nan_and_leaves_its_neighbours_alone(bad, blo
     assert_same_bits(spoilt, clean)
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@every_implementation
 def test_nan_enters_exactly_its_own_sums(implementation):
     x, w = inputs(TEST_CASES["odd_depth"], jnp.float32)
     a, b = quantize(x.at[4, 150].set(jnp.inf)), quantize(w.at[7, 100].set(jnp.nan), block=True, transpose=True)
