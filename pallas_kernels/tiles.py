@@ -73,7 +73,7 @@ LIGHTNING_TPU = MappingProxyType(
     {
         "v5e": LightningTpu(8, 16, 256, 1, 64 * _MIB),
         "v5p": LightningTpu(8, 16, 256, 2, 64 * _MIB),
-        "v6e": LightningTpu(8, 16, 256, 1, 64 * _MIB),
+        "v6e": LightningTpu(8, 16, 512, 1, 64 * _MIB),
         "cpu": LightningTpu(2, 2, 128, 1, 64 * _MIB),
     }
 )

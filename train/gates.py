@@ -67,7 +67,7 @@ def _case(kind: str, name: str, config: ModelConfig, program: Any, arguments: tu
 
 
 def _batch() -> Batch:
-    ids = jax.ShapeDtypeStruct((1, TOKENS), jnp.int32)
+    ids: Any = jax.ShapeDtypeStruct((1, TOKENS), jnp.int32)
     return Batch(ids, ids, ids)
 
 
