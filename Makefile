@@ -36,7 +36,9 @@ test-slow: env  ## the tests that take minutes
 
 gates: env env-gates  ## the long gates: every kernel through the compilers of all chips, train and inference compared bit by bit
 	$(BIN)/python -m pallas_kernels.aot --jobs $(JOBS)
-	$(BIN)/python -m pallas_kernels.aot --jobs $(JOBS) --cases ring_jax.train.gates --kernel model.mini
+	$(BIN)/python -m pallas_kernels.aot --jobs $(JOBS) --cases ring_jax.train.gates --kernel model.mini.forward
+	$(BIN)/python -m pallas_kernels.aot --jobs $(JOBS) --cases ring_jax.train.gates --kernel model.mini.decode
+	$(BIN)/python -m pallas_kernels.aot --cases ring_jax.train.gates --kernel model.mini.step --target h200
 	$(BIN)/python -m ring_jax.infer align --checkpoint tests/golden/periodic --tokens 256
 	$(BIN)/python -m ring_jax.infer align --checkpoint tests/golden/trailing --tokens 256 --precision bf16
 	$(BIN)/python -m ring_jax.infer align --checkpoint tests/golden/trailing --tokens 64 --precision bf16 --kernels pallas
