@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.compat import dot_operand
 from pallas_kernels.lightning_attention import tile
 
 
@@ -40,6 +41,8 @@ def lightning_attention(forward: Callable, backward: Callable, q, k, v, log_deca
     state, d_state, reset, last) the gradients of q, k, v and the state.
     """
     del aligned
+    dtype = q.dtype
+    q, k, v = dot_operand(q), dot_operand(k), dot_operand(v)  # on a CPU caches hold the operands as products take them
     if not (q.dtype == k.dtype == v.dtype) or q.dtype not in ("bfloat16", "float32"):
         raise NotImplementedError(f"q, k and v are {q.dtype}, {k.dtype} and {v.dtype}, not all bfloat16 or all float32")
     batch, num_tokens, heads, size = q.shape
@@ -49,4 +52,4 @@ def lightning_attention(forward: Callable, backward: Callable, q, k, v, log_deca
     reset = jnp.zeros((batch, num_chunks), jnp.int32) if reset is None else reset.astype(jnp.int32)
     length = jnp.full(batch, num_tokens, jnp.int32) if length is None else length
     result: Any = _lightning(q, k, v, log_decay, state, reset, length // chunk_size, chunk_size, forward, backward)
-    return result[0][:, :num_tokens], result[1]
+    return result[0][:, :num_tokens].astype(dtype), result[1]

@@ -4,11 +4,13 @@ from collections.abc import Callable
 
 import jax
 
+from pallas_kernels.compat import dot_operand
 from pallas_kernels.matmul import tile, xla
 
 
 def matmul(kernel: Callable, x, w, epilogue, rows, weights, *, aligned, out_dtype):
     """See `api.matmul`. `kernel(a, b, axes, dtype, aligned)` is the product of two matrices over one axis of each, accumulated in fp32."""
+    x, w = dot_operand(x), dot_operand(w)  # on a CPU weights are held as products take them
     if x.dtype != w.dtype or x.dtype not in ("bfloat16", "float32"):
         raise NotImplementedError(f"the operands are {x.dtype} and {w.dtype}, not both bfloat16 or float32")
 
