@@ -16,11 +16,15 @@ from ring_jax.config import ModelConfig
 
 
 class LinearCache(NamedTuple):
-    """State at the last chunk boundary and the open chunk's keys and values; rows past the open one are finite leftovers."""
+    """State at the last chunk boundary and the open chunk's keys and values; rows past the open one are finite leftovers.
+
+    copy: the state in the products' dtype, where that is a narrower one: a decode step reads it instead, half the bytes.
+    """
 
     state: Float[Array, "*layers B H K V"]
     key: Float[Array, "*layers B H C K"]
     value: Float[Array, "*layers B H C V"]
+    copy: Float[Array, "*layers B H K V"] | None = None
 
 
 class SoftmaxCache(NamedTuple):
@@ -75,10 +79,11 @@ def place(
 
 def linear_cache(config: ModelConfig, layers: tuple[int, ...], batch: int, dtype: str) -> LinearCache:
     """Return the empty cache of a stack of linear layers."""
-    shape = (*layers, batch, config.num_heads)
-    buffer = (*shape, config.chunk_size, config.head_size)
-    empty = lambda: dot_operand(jnp.zeros(buffer, dtype))  # keys and values are held as products take them
-    return LinearCache(jnp.zeros((*shape, config.head_size, config.head_size)), empty(), empty())
+    heads, size = (*layers, batch, config.num_heads), config.head_size
+    held = dot_operand(jnp.zeros((), dtype)).dtype  # what products read is held as they take it
+    state, buffer = (*heads, size, size), lambda: jnp.zeros((*heads, config.chunk_size, size), held)
+    copy = None if held == jnp.float32 else jnp.zeros(state, held)
+    return LinearCache(jnp.zeros(state), buffer(), buffer(), copy)
 
 
 def softmax_cache(config: ModelConfig, layers: tuple[int, ...], batch: int, size: int, dtype: str) -> SoftmaxCache:
@@ -91,6 +96,7 @@ def softmax_cache(config: ModelConfig, layers: tuple[int, ...], batch: int, size
 def reset_slots(cache: Cache, slots: jax.Array) -> Cache:
     """Return the cache with the marked slots [B] empty. Leftover keys and values need no clearing: nothing reads past a slot's length."""
     clear = lambda x: jnp.where(slots.reshape((-1,) + (1,) * 3), 0, x)
-    empty = lambda layer: layer._replace(state=clear(layer.state)) if isinstance(layer, LinearCache) else layer
+    states = lambda layer: jax.tree.map(clear, {"state": layer.state, "copy": layer.copy})
+    empty = lambda layer: layer._replace(**states(layer)) if isinstance(layer, LinearCache) else layer
     is_layer = lambda x: isinstance(x, LinearCache | SoftmaxCache)
     return Cache(jax.tree.map(empty, cache.layers, is_leaf=is_layer), jnp.where(slots, 0, cache.length))

@@ -73,8 +73,9 @@ class LinearAttention(nnx.Module):
         offset = place.length % chunk  # rows of the open chunk that are in the buffers
         if q.shape[1] == 1:
             row = jnp.where(place.valid[:, 0], offset, chunk)
-            step = lightning_attention_step(q[:, 0], k[:, 0], v[:, 0], *cache, decay, row, may_fold=place.may_fold, **ops)
-            return step.out[:, None], LinearCache(step.state, step.key_buffer, step.value_buffer)
+            *table, copy = cache
+            step = lightning_attention_step(q[:, 0], k[:, 0], v[:, 0], *table, decay, row, state_copy=copy, may_fold=place.may_fold, **ops)
+            return step.out[:, None], LinearCache(*step[1:])
         # A piece of a prompt: put the open chunk's rows and the new ones on the chunk grid again.
         num_rows = -(-(q.shape[1] + chunk - 1) // chunk) * chunk
         buffered = lambda x: jnp.moveaxis(x, 2, 1)  # [B, H, C, K] -> [B, C, H, K]
@@ -95,7 +96,7 @@ class LinearAttention(nnx.Module):
             1,
             2,
         )
-        return o, LinearCache(state, tail(grid_k), tail(grid_v))
+        return o, LinearCache(state, tail(grid_k), tail(grid_v), None if cache.copy is None else state.astype(cache.copy.dtype))
 
 
 def _shift(

@@ -6,6 +6,7 @@ rows = grouped_matmul(rows, w, groups.tiles, row_tile=row_tile)
 slots = scatter_groups(rows, groups)                                   # back to the order of expert_ids
 """
 
+import math
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -33,11 +34,15 @@ class Groups(NamedTuple):
 
 
 def row_tile_for(num_rows: int, num_groups: int, *, aligned: bool) -> int:
-    """Return the rows of a tile: one size in aligned numerics, else about a quarter of a group's mean load, so that little is padding."""
+    """Return the rows of a tile: one size in aligned numerics, else one with little padding for a group's mean load.
+
+    That is a quarter of the load where it is high, and where it is low so many that most groups fill one tile: a group's matrix is
+    fetched once, however many tiles it has.
+    """
     if aligned:
         return tile.EXPERT_TILE
-    load = max(1, num_rows // num_groups)
-    return min(max(tile.SMALLEST_TILE, (1 << (load - 1).bit_length()) // 4), tile.LARGEST_TILE)
+    load = num_rows / num_groups
+    return 1 << max(0, math.ceil(math.log2(min(max(load / 4, min(2 * load, tile.SMALL_TILE)), tile.LARGEST_TILE))))
 
 
 def group_rows(group: Int[Array, " M"], num_groups: int, row_tile: int) -> Groups:

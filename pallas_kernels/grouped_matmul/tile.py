@@ -4,10 +4,10 @@ import jax
 
 from pallas_kernels.compat import dot_general
 
-EXPERT_TILE = 16
+EXPERT_TILE = 12
 """Rows of a tile in aligned numerics, whatever the load; a decode step pays for this many a chosen expert."""
-SMALLEST_TILE, LARGEST_TILE = 8, 256
-"""Rows of a tile in fast numerics, at low and at high load."""
+SMALL_TILE, LARGEST_TILE = 8, 256
+"""Rows of a tile in fast numerics, at most, at low and at high load."""
 
 
 def product(x: jax.Array, w: jax.Array) -> jax.Array:

@@ -4,7 +4,7 @@ import jax
 
 from pallas_kernels.compat import dot_general
 
-ROW_TILE = 16
+ROW_TILE = 24
 """R: rows of a tile in aligned numerics. Fewer rows are padded to it, more are looped over: a decode step pays for R rows."""
 
 
