@@ -33,7 +33,7 @@ def _place(program, num_tiles: int, num_pieces: int, band: int):
 
 
 def _logits(hidden_ref, w_ref, at, sizes, size):
-    """The logits of a program's tile, -inf behind the last column, and which of its rows and columns there are."""
+    """The logits of a program's tile up to the last column, and which of its rows and columns there are."""
     num_rows, num_terms, vocab = sizes
     row, column = (x * length + jnp.arange(length) for x, length in zip(at, (size.rows, size.columns), strict=True))
     # A mask stands only where a tile hangs over.
@@ -53,7 +53,7 @@ def _logits(hidden_ref, w_ref, at, sizes, size):
         return _product(a, b, total)
 
     x = lax.fori_loop(0, pl.cdiv(num_terms, size.depth), add_part, jnp.zeros((size.rows, size.columns), jnp.float32))
-    return x if columns is None else jnp.where(columns, x, -jnp.inf), rows, columns
+    return x if columns is None else tile.only(x, vocab - at[1] * size.columns), rows, columns
 
 
 def _write_statistics(x, maxima_ref, totals_ref):
@@ -63,7 +63,7 @@ def _write_statistics(x, maxima_ref, totals_ref):
 def _logprobs_kernel(hidden_ref, w_ref, targets_ref, picked_ref, maxima_ref, totals_ref, *, at, sizes, size):
     at = at(pl.program_id(0))
     x, _, _ = _logits(hidden_ref, w_ref, at, sizes, size)
-    picked_ref[...] = tile.picked(x, targets_ref[...] - at[1] * size.columns)
+    picked_ref[...] = tile.at_target(x, targets_ref[...] - at[1] * size.columns).sum(-1)
     _write_statistics(x, maxima_ref, totals_ref)
 
 
@@ -78,9 +78,7 @@ def _logits_kernel(hidden_ref, w_ref, logits_ref, maxima_ref, totals_ref, *, at,
     _write_statistics(x, maxima_ref, totals_ref)
 
 
-def _d_logits_kernel(
-    fresh_ref, hidden_ref, w_ref, targets_ref, total_ref, d_logprob_ref, d_total_ref, out_ref, *, at, sizes, size
-):
+def _d_logits_kernel(fresh_ref, hidden_ref, w_ref, targets_ref, total_ref, d_logprob_ref, d_total_ref, out_ref, *, at, sizes, size):
     at = at(pl.program_id(0))
     x, rows, columns = _logits(hidden_ref, w_ref, at, sizes, size)
     first = at[1] * size.columns
@@ -90,7 +88,7 @@ def _d_logits_kernel(
 
 def _log_sum_exp_kernel(maxima_ref, totals_ref, total_ref, *, num_pieces):
     there = jnp.broadcast_to((jnp.arange(maxima_ref.shape[0]) < num_pieces)[:, None], maxima_ref.shape)
-    maxima = triton.load(maxima_ref, mask=there, other=-jnp.inf)
+    maxima = triton.load(maxima_ref, mask=there, other=tile.NOTHING)
     total_ref[...] = tile.log_sum_exp(maxima, triton.load(totals_ref, mask=there, other=0.0))
 
 

@@ -20,20 +20,26 @@ _LANES = 128
 
 
 def _piece(hidden_ref, w_ref, vocab: int) -> jax.Array:
-    """The logits of a tile, -inf behind the last column."""
+    """The logits of a tile up to the last column."""
     x = tile.logits(hidden_ref[...], w_ref[...])
-    if vocab % x.shape[1] == 0:
-        return x
-    return jnp.where(tile.columns(x) < vocab - pl.program_id(0) * x.shape[1], x, -jnp.inf)
+    return x if vocab % x.shape[1] == 0 else tile.only(x, vocab - pl.program_id(0) * x.shape[1])
+
+
+def _lanes(x) -> jax.Array:
+    """A tile [R, P] as groups of lanes [P / 128, R, 128]: reductions along rows begin without exchange between lanes."""
+    return jnp.stack([x[:, i : i + _LANES] for i in range(0, x.shape[1], _LANES)])
 
 
 def _write_statistics(x, maxima_ref, totals_ref):
-    maxima_ref[0, 0], totals_ref[0, 0] = tile.statistics(x)
+    """Transposed, rows lie along the lanes as they do in HBM, and the rest of the reduction is over sublanes."""
+    maxima, totals = tile.statistics(_lanes(x), axis=0)
+    maxima_ref[0, 0], totals_ref[0, 0] = tile.merged(maxima.T, totals.T)
 
 
 def _logprobs_kernel(hidden_ref, w_ref, targets_ref, picked_ref, maxima_ref, totals_ref, *, vocab):
     x = _piece(hidden_ref, w_ref, vocab)
-    picked_ref[0, 0] = tile.picked(x, targets_ref[0] - pl.program_id(0) * x.shape[1])
+    at_target = tile.at_target(x, targets_ref[0] - pl.program_id(0) * x.shape[1])
+    picked_ref[0, 0] = _lanes(at_target).sum(0).T.sum(0)
     _write_statistics(x, maxima_ref, totals_ref)
 
 
