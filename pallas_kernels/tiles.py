@@ -127,3 +127,45 @@ SCALED_MATMUL_GPU = MappingProxyType(
         "cpu": ScaledMatmulGpu(rows=128, columns=128, warps=8, stages=3, band=2),
     }
 )
+
+
+class CrossEntropyTpu(NamedTuple):
+    """Rows of a tile, columns of a block of w at most, bytes that two such blocks may take, and bytes of VMEM in all."""
+
+    rows: int
+    columns: int
+    resident: int
+    vmem: int
+
+
+CROSS_ENTROPY_TPU = MappingProxyType(
+    {
+        "v5e": CrossEntropyTpu(128, 1024, 20 * _MIB, 64 * _MIB),
+        "v5p": CrossEntropyTpu(128, 1024, 20 * _MIB, 64 * _MIB),
+        "v6e": CrossEntropyTpu(512, 1024, 40 * _MIB, 96 * _MIB),
+        "cpu": CrossEntropyTpu(128, 256, 20 * _MIB, 64 * _MIB),
+    }
+)
+
+
+class CrossEntropyGpu(NamedTuple):
+    """A program's tile of logits, the terms of a sum it takes in at a time, its warps and its pipeline's stages.
+
+    `band`: tiles of rows that share columns of w in the L2 cache; `lines`: rows of a program that takes the pieces together.
+    """
+
+    rows: int
+    columns: int
+    depth: int
+    warps: int
+    stages: int
+    band: int
+    lines: int
+
+
+CROSS_ENTROPY_GPU = MappingProxyType(
+    {"h200": CrossEntropyGpu(128, 256, 64, 8, 3, band=16, lines=8), "cpu": CrossEntropyGpu(16, 128, 16, 4, 1, band=2, lines=16)}
+)
+CROSS_ENTROPY_GPU_FP32 = MappingProxyType(
+    {"h200": CrossEntropyGpu(64, 128, 32, 4, 3, band=16, lines=8), "cpu": CrossEntropyGpu(16, 128, 16, 4, 1, band=2, lines=16)}
+)

@@ -3,10 +3,11 @@
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import dispatch
-from pallas_kernels.cross_entropy import xla
+from pallas_kernels.cross_entropy import pallas_gpu, pallas_tpu, xla
 
-IMPLEMENTATIONS = {"xla": xla.token_logprobs}
-LOGITS_IMPLEMENTATIONS = {"xla": xla.head_logits}
+_MODULES = {"xla": xla, "pallas_tpu": pallas_tpu, "pallas_gpu": pallas_gpu}
+IMPLEMENTATIONS = {name: module.token_logprobs for name, module in _MODULES.items()}
+LOGITS_IMPLEMENTATIONS = {name: module.head_logits for name, module in _MODULES.items()}
 
 
 def token_logprobs(

@@ -44,20 +44,33 @@ def _tile_logprobs(hidden, w, targets):
     """Log-probability of the target and log-sum-exp for a tile of rows."""
 
     def piece(index, carry):
-        maximum, total, picked = carry
+        statistics, picked = carry
         columns, first, fresh = _piece(w, index)
         x = jnp.where(fresh, tile.logits(hidden, columns), -jnp.inf)
         at = targets - first
         here = (at >= 0) & (at < x.shape[1])
         value = jnp.take_along_axis(x, jnp.clip(at, 0, x.shape[1] - 1)[:, None], axis=1)[:, 0]
-        maximum, total, x = pin((maximum, total, x))
-        maximum, total = pin(tile.add_piece(maximum, total, x))
-        return maximum, total, jnp.where(here & (value > -jnp.inf), value, picked)
+        return _with_statistics(statistics, index, x), jnp.where(here & (value > -jnp.inf), value, picked)
 
-    zeros = jnp.zeros(hidden.shape[0])
-    maximum, total, picked = _over_pieces(w.shape[1], piece, (zeros - jnp.inf, zeros, zeros))
-    total = maximum + jnp.log(total)
+    start = _no_statistics(hidden.shape[0], w.shape[1]), jnp.zeros(hidden.shape[0])
+    statistics, picked = _over_pieces(w.shape[1], piece, start)
+    total = _log_sum_exp(statistics)
     return picked - total, total
+
+
+def _no_statistics(num_rows: int, vocab: int) -> tuple[jax.Array, jax.Array]:
+    """Room for the statistics of every piece [pieces, R]."""
+    shape = -(-vocab // _piece_size(vocab)), num_rows
+    return jnp.zeros(shape), jnp.zeros(shape)
+
+
+def _with_statistics(statistics, index: jax.Array, x: jax.Array):
+    """The statistics with those of piece `index`, whose logits are x."""
+    return jax.tree.map(lambda old, new: old.at[index].set(new), statistics, pin(tile.statistics(pin(x))))
+
+
+def _log_sum_exp(statistics) -> jax.Array:
+    return pin(tile.log_sum_exp(*pin(statistics)))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -81,10 +94,8 @@ def _backward(row_tile, residuals, gradients):
         def piece(index, carry):
             d_hidden, dw = carry
             columns, first, fresh = _piece(w, index)
-            weights = jnp.where(fresh, jnp.exp(tile.logits(hidden, columns) - total[:, None]), 0.0)
-            target = fresh & (targets[:, None] == first + jnp.arange(columns.shape[1]))
-            d_logits = (d_total - d_logprob)[:, None] * weights + jnp.where(target, d_logprob[:, None], 0.0)
-            d_logits = d_logits.astype(hidden.dtype)
+            d_logits = tile.d_logits(tile.logits(hidden, columns), targets - first, total, d_logprob, d_total)
+            d_logits = jnp.where(fresh, d_logits, 0.0).astype(hidden.dtype)
             d_hidden = d_hidden + dot_general(d_logits, columns, ((1,), (1,)))
             d_columns = dot_general(hidden, d_logits, ((0,), (0,)))
             old = lax.dynamic_slice_in_dim(dw, first, columns.shape[1], axis=1)
@@ -112,15 +123,14 @@ def head_logits(hidden, w, *, aligned):
 
     def rows(hidden):
         def piece(index, carry):
-            maximum, total, out = carry
+            statistics, out = carry
             columns, first, fresh = _piece(w, index)
             x = tile.logits(hidden, columns)
-            maximum, total, fresh_x = pin((maximum, total, jnp.where(fresh, x, -jnp.inf)))
-            maximum, total = pin(tile.add_piece(maximum, total, fresh_x))
-            return maximum, total, lax.dynamic_update_slice_in_dim(out, x, first, axis=1)
+            statistics = _with_statistics(statistics, index, jnp.where(fresh, x, -jnp.inf))
+            return statistics, lax.dynamic_update_slice_in_dim(out, x, first, axis=1)
 
-        zeros = jnp.zeros(hidden.shape[0])
-        maximum, total, out = _over_pieces(vocab, piece, (zeros - jnp.inf, zeros, jnp.zeros((hidden.shape[0], vocab))))
-        return out, maximum + jnp.log(total)
+        start = _no_statistics(hidden.shape[0], vocab), jnp.zeros((hidden.shape[0], vocab))
+        statistics, out = _over_pieces(vocab, piece, start)
+        return out, _log_sum_exp(statistics)
 
     return map_row_tiles(rows, hidden, row_tile=_tile_size(hidden.shape[0], aligned))

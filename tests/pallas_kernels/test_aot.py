@@ -30,7 +30,8 @@ def test_quick_cases_pass_their_gates(target, tmp_path):
     rows = json.loads((tmp_path / "rows.json").read_text())
     kernels = {case.kernel.split(".")[0] for case in gates.collect(gates.op_modules()) if target in case.targets}
     assert {row["kernel"].split(".")[0] for row in rows} == kernels
-    assert all(kernel["known"] and kernel["estimate"] > 0 and kernel["instructions"] for row in rows for kernel in row["kernels"])
+    assert all(kernel["known"] and kernel["estimate"] > 0 for row in rows for kernel in row["kernels"])
+    assert all(any(kernel["instructions"] for kernel in row["kernels"]) for row in rows)
     if target == "h200":
         sequences = {kernel["kernel"]: kernel["sequence"] for row in rows for kernel in row["kernels"]}
         decode, fold = sequences["lightning_decode"], sequences["lightning_fold"]

@@ -9,13 +9,20 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pallas_kernels import compat
 from pallas_kernels.cross_entropy import head_logits, reference, token_logprobs
+from pallas_kernels.cross_entropy.api import IMPLEMENTATIONS
 from pallas_kernels.cross_entropy.cases import TEST_CASES, Case, inputs
-from tests.pallas_kernels.programs import DTYPES, in_float64, jit, random_like, with_gradients
+from pallas_kernels.cross_entropy.pallas import piece_size
+from tests.pallas_kernels.programs import DTYPES, ON_GPU, in_float64, jit, random_like, with_gradients
 from tests.pallas_kernels.tolerances import assert_close, assert_same_bits
 
-logprobs = jit(functools.partial(token_logprobs, aligned=True))
-logits = jit(functools.partial(head_logits, aligned=True))
+KERNELS = ["pallas_tpu", "pallas_gpu"]
+logprobs = {name: jit(functools.partial(token_logprobs, aligned=True, implementation=name)) for name in IMPLEMENTATIONS}
+logits = {name: jit(functools.partial(head_logits, aligned=True, implementation=name)) for name in IMPLEMENTATIONS}
+RELEASED = {"released": Case(150, 2048, 157184)}
+KERNEL_CASES = ["odd_rows", "several_tiles", "pieces_with_overlap"]
+"""For interpreted kernels, which take longer."""
 
 
 def truth(differentiable, targets, cotangents):
@@ -23,67 +30,153 @@ def truth(differentiable, targets, cotangents):
     return with_gradients(lambda hidden, w: reference.token_logprobs(hidden, w, targets))(differentiable, cotangents)
 
 
-@pytest.mark.parametrize("aligned", [False, True])
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", TEST_CASES)
-def test_value_and_gradients(name, dtype, aligned):
-    dtype = DTYPES[dtype]
-    hidden, w, targets = inputs(TEST_CASES[name], dtype)
-    f = lambda hidden, w: token_logprobs(hidden, w, targets, aligned=aligned)
-    cotangents = random_like(jax.eval_shape(f, hidden, w))
-    values, gradients = jit(with_gradients(f))((hidden, w), cotangents)
-    wanted, wanted_gradients = in_float64(truth, (hidden, w), targets, cotangents)
-    assert_close(values, wanted, jnp.float32)  # fp32 logits whatever the dtype of the operands
-    assert_close(gradients, wanted_gradients, dtype)
+@functools.cache
+def wanted(name, dtype):
+    """Return a case's inputs, cotangents, and float64 values and gradients."""
+    hidden, w, targets = inputs((TEST_CASES | RELEASED)[name], dtype)
+    row = jax.ShapeDtypeStruct(targets.shape, jnp.float32)
+    cotangents = random_like((row, row))
+    return (hidden, w, targets), cotangents, in_float64(truth, (hidden, w), targets, cotangents)
+
+
+VALUE_CASES = [
+    *((how, name, dtype) for how in ("xla fast", "xla") for name in TEST_CASES for dtype in DTYPES),
+    *((how, name, "fp32") for how in KERNELS for name in KERNEL_CASES),
+    *((how, "odd_rows", "bf16") for how in KERNELS),
+]
+
+
+@pytest.mark.parametrize(
+    ("implementation", "name", "dtype"),
+    [*VALUE_CASES, *(pytest.param("pallas_gpu", x, "bf16", marks=ON_GPU, id=f"native-{x}") for x in (*TEST_CASES, *RELEASED))],
+)
+def test_value_and_gradients(name, dtype, implementation):
+    """Of an interpreted kernel, too: what it does not write, or reads from outside of an array, is NaN there."""
+    dtype, aligned, implementation = DTYPES[dtype], implementation != "xla fast", implementation.removesuffix(" fast")
+    (hidden, w, targets), cotangents, (values, gradients) = wanted(name, dtype)
+    f = lambda hidden, w: token_logprobs(hidden, w, targets, aligned=aligned, implementation=implementation)
+    actual = jit(with_gradients(f))((hidden, w), cotangents)
+    assert_close(actual[0], values, jnp.float32)  # fp32 logits whatever the dtype of the operands
+    assert_close(actual[1], gradients, dtype)
+    if implementation == "pallas_gpu":
+        assert_same_bits(actual[0], logprobs[implementation](hidden, w, targets))  # the forward is the same under a gradient
 
 
 @pytest.mark.parametrize("name", TEST_CASES)
-@pytest.mark.parametrize("aligned", [False, True])
-def test_head_logits_are_the_product_and_its_log_sum(name, aligned):
+def test_fast_head_logits_are_the_product_and_its_log_sum(name):
     hidden, w, _ = inputs(TEST_CASES[name], jnp.bfloat16)
-    wanted = in_float64(lambda h, w: (h @ w, jax.nn.logsumexp(h @ w, axis=-1)), hidden, w)
-    assert_close(jit(functools.partial(head_logits, aligned=aligned))(hidden, w), wanted, jnp.float32)
+    assert_close(jit(head_logits)(hidden, w), in_float64(products, hidden, w), jnp.float32)
 
 
-@pytest.mark.parametrize("name", TEST_CASES)
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_sampled_logits_have_the_bits_of_the_log_probabilities(name, dtype):
-    hidden, w, targets = inputs(TEST_CASES[name], DTYPES[dtype])
-    rows, total = logits(hidden, w)
-    assert_same_bits((rows[jnp.arange(len(targets)), targets] - total, total), logprobs(hidden, w, targets))
+def products(hidden, w):
+    """Return the logits and their log-sum-exp."""
+    return hidden @ w, jax.nn.logsumexp(hidden @ w, axis=-1)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("vocab", [100, 20001])
-def test_rows_do_not_depend_on_how_many_there_are(dtype, vocab):
-    hidden, w, targets = inputs(Case(130, 16, vocab), DTYPES[dtype])
-    everything = logprobs(hidden, w, targets)
-    for num in (1, 64, 77):
-        assert_same_bits(logprobs(hidden[-num:], w, targets[-num:]), jax.tree.map(lambda x, num=num: x[-num:], everything))
-    rows, total = logits(hidden[:1], w)  # a sampler's single row
+@pytest.mark.parametrize(
+    ("implementation", "name", "dtype"),
+    [
+        *(("xla", name, dtype) for name in TEST_CASES for dtype in DTYPES),
+        *((how, name, "fp32") for how in KERNELS for name in KERNEL_CASES),
+        *((how, "odd_rows", "bf16") for how in KERNELS),
+        *(pytest.param("pallas_gpu", x, "bf16", marks=ON_GPU, id=f"native-{x}") for x in (*KERNEL_CASES, *RELEASED)),
+    ],
+)
+def test_sampled_logits_have_the_bits_of_the_log_probabilities(name, dtype, implementation):
+    hidden, w, targets = inputs((TEST_CASES | RELEASED)[name], DTYPES[dtype])
+    rows, total = logits[implementation](hidden, w)
+    assert_close((rows, total), in_float64(products, hidden, w), jnp.float32)
+    assert_same_bits((rows[jnp.arange(len(targets)), targets] - total, total), logprobs[implementation](hidden, w, targets))
+
+
+@pytest.mark.parametrize(
+    ("implementation", "vocab", "dtype"),
+    [
+        *(("xla", vocab, dtype) for vocab in (100, 20001) for dtype in DTYPES),
+        *((how, vocab, dtype) for how in KERNELS for vocab, dtype in ((20001, "fp32"), (100, "bf16"))),
+        *(pytest.param("pallas_gpu", vocab, "bf16", marks=ON_GPU, id=f"native-{vocab}") for vocab in (100, 20001)),
+    ],
+)
+def test_rows_do_not_depend_on_how_many_there_are(dtype, vocab, implementation):
+    hidden, w, targets = inputs(Case(150, 16, vocab), DTYPES[dtype])
+    run, rows_of = logprobs[implementation], logits[implementation]
+    everything = run(hidden, w, targets)
+    for num in (1, 77):
+        assert_same_bits(run(hidden[-num:], w, targets[-num:]), jax.tree.map(lambda x, num=num: x[-num:], everything))
+    rows, total = rows_of(hidden[:1], w)  # a sampler's single row
     assert_same_bits((rows[0, targets[0]] - total[0], total[0]), (everything[0][0], everything[1][0]))
+
+
+def test_interpreted_kernels_agree():
+    """They have pieces of one size in the gradient, and a single one in the forward of a small vocabulary."""
+    hidden, w, targets = inputs(Case(20, 16, 100), jnp.float32)
+    for actual, expected in zip(logprobs["pallas_tpu"](hidden, w, targets), logprobs["pallas_gpu"](hidden, w, targets), strict=True):
+        np.testing.assert_allclose(actual, expected, rtol=0, atol=4e-6)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_forward_has_the_same_bits_under_a_gradient(dtype):
     hidden, w, targets = inputs(TEST_CASES["odd_rows"], DTYPES[dtype])
-    out = logprobs(hidden, w, targets)
+    out = logprobs["xla"](hidden, w, targets)
     f = lambda hidden, w: token_logprobs(hidden, w, targets, aligned=True)
     assert_same_bits(jit(with_gradients(f))((hidden, w), random_like(out))[0], out)
 
 
-@pytest.mark.parametrize("aligned", [False, True])
-def test_large_logits_do_not_overflow(aligned):
+@pytest.mark.parametrize("how", ["xla fast", *IMPLEMENTATIONS])
+def test_large_logits_do_not_overflow(how):
     hidden, w, targets = inputs(TEST_CASES["odd_rows"], jnp.float32)
-    actual = jit(functools.partial(token_logprobs, aligned=aligned))(1e4 * hidden, w, targets)
-    assert_close(actual, in_float64(reference.token_logprobs, 1e4 * hidden, w, targets), jnp.float32)
+    run = logprobs[how] if how in logprobs else jit(token_logprobs)
+    assert_close(run(1e4 * hidden, w, targets), in_float64(reference.token_logprobs, 1e4 * hidden, w, targets), jnp.float32)
 
 
 @settings(deadline=None, max_examples=15)
-@given(vocab=st.sampled_from([1, 37, 130]), size=st.floats(-2, 2), seed=st.integers(0, 2**32 - 1))
-def test_probabilities_over_the_vocabulary_sum_to_one(vocab, size, seed):
+@given(vocab=st.sampled_from([1, 37, 130]), size=st.floats(-2, 2), seed=st.integers(0, 2**32 - 1), how=st.sampled_from([*IMPLEMENTATIONS]))
+def test_probabilities_over_the_vocabulary_sum_to_one(vocab, size, seed, how):
     hidden, w, _ = inputs(Case(1, 16, vocab), jnp.float32, seed)
     rows = jnp.repeat(10**size * hidden, vocab, 0)
-    logprob, total = logprobs(rows, w, jnp.arange(vocab))
+    logprob, total = logprobs[how](rows, w, jnp.arange(vocab))
     assert (total == total[0]).all()
     np.testing.assert_allclose(np.exp(np.asarray(logprob, np.float64)).sum(), 1, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["v5e", "v5p", "v6e", "h200"])
+def test_one_tile_for_any_number_of_rows(kind):
+    """The kernel's blocks are the same for 1 and 8192 rows, and for all logits: only the grid differs."""
+
+    def kernels(f, *rows):
+        arguments = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in (rows[0], (2048, 4096))]
+        arguments += [jax.ShapeDtypeStruct(rows[0][:1], jnp.int32)] if len(rows) > 1 else []
+        with compat.compiling_for(kind):
+            jaxpr = jax.make_jaxpr(lambda *x: f(*x))(*arguments)
+        calls = [e.params for e in compat.equations(jaxpr) if e.primitive.name == "pallas_call"]
+        assert len(calls) == 2
+        assert not any(call["interpret"] for call in calls)
+        return [[str(block.block_aval) for block in call["grid_mapping"].block_mappings] for call in calls]
+
+    first, combined = kernels(token_logprobs, (64, 2048), True)
+    assert [first, combined] == kernels(token_logprobs, (8192, 2048), True)
+    logits_first, logits_combined = kernels(head_logits, (8192, 2048))
+    assert (first[:2], combined) == (logits_first[:2], logits_combined)
+
+
+@pytest.mark.parametrize(("num_rows", "vocab"), [(1, 33), (8192, 157184), (8192, 20001), (1 << 17, 157184), (1 << 22, 157184)])
+def test_pieces_of_the_gradient(num_rows, vocab):
+    size = piece_size(num_rows, vocab)
+    assert size == vocab or size % 512 == 0
+    assert size <= 2**14
+    assert num_rows * size <= 2**28 or size == 512
+
+
+@pytest.mark.parametrize("implementation", KERNELS)
+def test_kernels_refuse_other_operands(implementation):
+    hidden, w, targets = inputs(TEST_CASES["one_row"], jnp.float16)
+    with pytest.raises(NotImplementedError, match="the operands are float16 and float16"):
+        token_logprobs(hidden, w, targets, implementation=implementation)
+    with pytest.raises(NotImplementedError, match="the operands are float16 and float32"):
+        head_logits(hidden, w.astype(jnp.float32), implementation=implementation)
+
+
+def test_a_tpu_refuses_rows_that_do_not_fit():
+    hidden, w = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((8, 1 << 16), (1 << 16, 512)))
+    with pytest.raises(NotImplementedError, match="rows of 65536 4-byte terms are too long"):
+        jax.eval_shape(functools.partial(head_logits, implementation="pallas_tpu"), hidden, w)
