@@ -23,8 +23,16 @@ def _dot(a: jax.Array, b: jax.Array, axes: tuple[int, int] = (1, 0), acc: jax.Ar
     return triton_dot.dot(a.T if axes[0] == 0 else a, b.T if axes[1] == 1 else b, acc)
 
 
-def _total(x: jax.Array) -> jax.Array:
-    return tile.row_sum(x) if interpreted("gpu") else x.sum(-1, keepdims=True)
+def _exp2(x: jax.Array) -> jax.Array:
+    """2**x by the chip's own instruction; what would be subnormal is 0."""
+    (y,) = triton.elementwise_inline_asm(
+        "ex2.approx.ftz.f32 $0, $1;", args=[x], constraints="=r,r", pack=1, result_shape_dtypes=[jax.ShapeDtypeStruct(x.shape, x.dtype)]
+    )
+    return y
+
+
+def _words() -> tile.Words:
+    return tile.Words(_dot) if interpreted("gpu") else tile.Words(_dot, total=lambda x: x.sum(-1), exp2=_exp2)
 
 
 class _Rows:
@@ -81,23 +89,23 @@ def _key_blocks(bounds, table, key_ref, value_ref, add, carry):
         page = table[0][block] if table else block
         return add(carry, key_ref[page], value_ref[page], tile.seen(start[:, None], stop[:, None], block))
 
-    return lax.fori_loop(first[0], last[0], turn, carry)
+    return lax.fori_loop(first, last, turn, carry)
 
 
 def _forward_kernel(start_ref, stop_ref, q_ref, key_ref, value_ref, *refs, num_rows, num_tiles):
     """refs: perhaps a row of the page table, then outputs and their log-sum-exps."""
     *table, o_ref, log_ref = refs
     rows = _Rows(_query_tile(num_tiles), num_rows, q_ref)
-    q = rows.load(q_ref)
+    q, words = rows.load(q_ref), _words()
 
     def add(softmax, k, v, seen):
-        return tile.add_block(softmax, tile.scores(q, k, seen, _dot), v, _dot, _total)
+        return tile.add_block(softmax, tile.scores(q, k, seen, _dot), v, words)
 
     bounds = rows.bounds(start_ref, stop_ref)
     softmax = _key_blocks(bounds, table, key_ref, value_ref, add, tile.empty((num_rows,), value_ref.shape[2]))
-    out, log_total = tile.finish(softmax)
+    out, log_total = tile.finish(softmax, words)
     rows.store(o_ref, out)
-    rows.store_column(log_ref, log_total.reshape(num_rows))
+    rows.store_column(log_ref, log_total)
 
 
 def _query_kernel(start_ref, stop_ref, q_ref, key_ref, value_ref, d_out_ref, log_ref, delta_ref, dq_ref, *, num_rows, num_tiles):
@@ -107,7 +115,7 @@ def _query_kernel(start_ref, stop_ref, q_ref, key_ref, value_ref, d_out_ref, log
     log_total, delta = (rows.load_column(ref)[:, None] for ref in (log_ref, delta_ref))
 
     def add(dq, k, v, seen):
-        _, d_scores = tile.gradients(tile.scores(q, k, seen, _dot), _dot(d_out, v, (1, 1)), log_total, delta, q.shape[1])
+        _, d_scores = tile.gradients(tile.scores(q, k, seen, _dot), _dot(d_out, v, (1, 1)), log_total, delta, q.shape[1], _words())
         return _dot(dot_cast(d_scores, k.dtype), k, (1, 0), dq)
 
     bounds = rows.bounds(start_ref, stop_ref)
@@ -128,7 +136,7 @@ def _key_value_kernel(
         log_total, delta = (rows.load_column(ref)[None] for ref in (log_ref, delta_ref))
         start, stop = rows.bounds(start_ref, stop_ref)
         scores = tile.scores(k, q, tile.seen(start[None], stop[None], block, axis=0), _dot)
-        both = tile.gradients(scores, _dot(v, d_out, (1, 1)), log_total, delta, q.shape[1])
+        both = tile.gradients(scores, _dot(v, d_out, (1, 1)), log_total, delta, q.shape[1], _words())
         weights, d_scores = (dot_cast(x, q.dtype) for x in both)
         return _dot(d_scores, q, (1, 0), dk), _dot(weights, d_out, (1, 0), dv)
 

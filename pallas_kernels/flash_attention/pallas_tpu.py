@@ -59,8 +59,10 @@ def _layout(q, key_pages, value_pages, choice: tiles.FlashTpu) -> _Layout:
     return _Layout(positions, repeat, group, num_tiles, choice.blocks, key_size, value_size)
 
 
-def _total(x: jax.Array) -> jax.Array:
-    return tile.row_sum(x) if interpreted("tpu") else x.sum(-1, keepdims=True)
+def _words() -> tile.Words:
+    """Numbers of a row are columns, as wide as the lanes where values are so too."""
+    total = (lambda x: tile.row_sum(x)[..., None]) if interpreted("tpu") else (lambda x: x.sum(-1, keepdims=True))
+    return tile.Words(largest=lambda x: x.max(-1, keepdims=True), total=total, spread=lambda x: x)
 
 
 def _read_rows(ref, n: int, layout: _Layout) -> jax.Array:
@@ -123,14 +125,14 @@ def _forward_kernel(first_ref, last_ref, *refs, layout: _Layout):
             seen = [tile.seen(start_ref[n], stop_ref[n], block + i) for i in range(layout.blocks)]
             scores = [tile.scores(q, _read_page(ref, layout.group), inside) for ref, inside in zip(keys, seen, strict=True)]
             for ref, x in zip(values, scores, strict=True):
-                softmax = tile.add_block(softmax, x, _read_page(ref, layout.group), total=_total)
+                softmax = tile.add_block(softmax, x, _read_page(ref, layout.group), _words())
             for ref, x in zip(softmax_refs, softmax, strict=True):
                 ref[n] = x
 
     @_last_step()
     def _last():
         for n in range(layout.tiles):
-            out, log_total = tile.finish(Softmax(*(ref[n] for ref in softmax_refs)))
+            out, log_total = tile.finish(Softmax(*(ref[n] for ref in softmax_refs)), _words())
             _write_rows(o_ref, n, layout, out)
             for g in range(layout.group):
                 log_ref[0, g, n] = jnp.broadcast_to(log_total[g], (layout.rows, KEY_BLOCK)).T[:1]

@@ -5,8 +5,8 @@ Scores are in units of log 2 and the running maximum is rounded up to an integer
 so that it makes no difference whether a compiler contracts them with the additions that follow.
 
 Rows are pairs of a position and a query head of one key head, in any order: `xla` and the kernels lay them out as suits them. Arrays may
-have any equal axes in front ([..., R, K]); each statement does all of them before the next one. Columns [..., R, 1] may be as wide as what
-they meet instead: a TPU would spread them over its lanes again in every block.
+have any equal axes in front ([..., R, K]); each statement does all of them before the next one. `Words` are what a backend says its own
+way; the mathematics does not depend on them.
 """
 
 import math
@@ -28,7 +28,7 @@ UNSEEN = -1e30
 
 
 class Softmax(NamedTuple):
-    """Running softmax of a tile of rows: maximum m (an integer) and sum l [..., R, 1], unnormalised output [..., R, V], all fp32."""
+    """Running softmax of a tile of rows: maximum m (an integer) and sum l [..., R], unnormalised output [..., R, V], all fp32."""
 
     maximum: jax.Array
     total: jax.Array
@@ -44,31 +44,44 @@ def product(a: jax.Array, b: jax.Array, axes: tuple[int, int] = (1, 0), acc: jax
 
 
 def row_sum(x: jax.Array) -> jax.Array:
-    """Return the sum over the last axis, a power of two long and kept, in an order that no compiler chooses."""
+    """Return the sum over the last axis, a power of two long, in an order that no compiler chooses."""
     while x.shape[-1] > 1:
         half = x.shape[-1] // 2
         x = x[..., :half] + x[..., half:]
-    return x
+    return x[..., 0]
+
+
+class Words(NamedTuple):
+    """How a backend takes a product, the largest value and the sum of each row, lays a number a row beside its keys, and takes 2**x."""
+
+    dot: Callable = product
+    largest: Callable = lambda x: x.max(-1)
+    total: Callable = row_sum
+    spread: Callable = lambda x: x[..., None]
+    exp2: Callable = jnp.exp2
+
+
+PLAIN = Words()
 
 
 def block_range(start: jax.Array, stop: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Return the first and one past the last key block that any of the rows sees whose bounds stand on the last axis; it is kept."""
+    """Return the first and one past the last key block that any of the rows sees whose bounds stand on the last axis."""
     none = stop <= start
-    first = jnp.where(none, jnp.iinfo(jnp.int32).max, start).min(-1, keepdims=True)
-    last = jnp.where(none, 0, stop).max(-1, keepdims=True) + (KEY_BLOCK - 1)
+    first = jnp.where(none, jnp.iinfo(jnp.int32).max, start).min(-1)
+    last = jnp.where(none, 0, stop).max(-1) + (KEY_BLOCK - 1)
     return lax.div(first, jnp.int32(KEY_BLOCK)), lax.div(last, jnp.int32(KEY_BLOCK))
 
 
 def seen(start: jax.Array, stop: jax.Array, block: jax.Array, axis: int = 1) -> jax.Array:
-    """Return which keys of a block the rows see, whose bounds are columns [..., R, 1], or rows [..., 1, R] with the keys on axis 0."""
-    shape = (*start.shape[:-2], start.shape[-2], KEY_BLOCK) if axis else (*start.shape[:-2], KEY_BLOCK, start.shape[-1])
-    key = block * KEY_BLOCK + lax.broadcasted_iota(jnp.int32, shape, len(shape) - 2 + axis)
-    return (key >= start) & (key < stop)
+    """Return which keys of a block, on `axis`, the rows see, whose bounds are columns [..., R, 1], or rows [..., 1, R] for axis 0."""
+    shape = (start.shape[-2], KEY_BLOCK) if axis else (KEY_BLOCK, start.shape[-1])
+    key, first = lax.broadcasted_iota(jnp.int32, shape, axis), block * KEY_BLOCK
+    return (key >= start - first) & (key < stop - first)
 
 
-def empty(rows: tuple[int, ...], value_size: int, lanes: int = 1) -> Softmax:
+def empty(rows: tuple[int, ...], value_size: int) -> Softmax:
     """Return the softmax of rows [..., R] that have seen no key."""
-    return Softmax(jnp.full((*rows, lanes), UNSEEN), jnp.zeros((*rows, lanes)), jnp.zeros((*rows, value_size)))
+    return Softmax(jnp.full(rows, UNSEEN), jnp.zeros(rows), jnp.zeros((*rows, value_size)))
 
 
 def scores(q: jax.Array, k: jax.Array, seen: jax.Array, dot: Callable = product) -> jax.Array:
@@ -84,28 +97,27 @@ def power_of_two(exponent: jax.Array) -> jax.Array:
     return lax.bitcast_convert_type((jnp.maximum(exponent, -127).astype(jnp.int32) + 127) << 23, jnp.float32)
 
 
-def add_block(softmax: Softmax, scores: jax.Array, v: jax.Array, dot: Callable = product, total: Callable = row_sum) -> Softmax:
+def add_block(softmax: Softmax, scores: jax.Array, v: jax.Array, words: Words = PLAIN) -> Softmax:
     """Return the softmax after one more block of keys, with these scores [..., R, S] and values v [..., S, V]."""
-    maximum = jnp.maximum(softmax.maximum, jnp.ceil(scores.max(-1, keepdims=True)))
-    weights = jnp.exp2(scores - maximum)
+    maximum = jnp.maximum(softmax.maximum, jnp.ceil(words.largest(scores)))
+    weights = words.exp2(scores - words.spread(maximum))
     rescale = power_of_two(softmax.maximum - maximum)
-    out = dot(dot_cast(weights, v.dtype), v, (1, 0), rescale * softmax.out)
-    return Softmax(maximum, rescale * softmax.total + total(weights), out)
+    out = words.dot(dot_cast(weights, v.dtype), v, (1, 0), words.spread(rescale) * softmax.out)
+    return Softmax(maximum, rescale * softmax.total + words.total(weights), out)
 
 
-def finish(softmax: Softmax) -> tuple[jax.Array, jax.Array]:
-    """Return the output rows [..., R, V] and the log-sum-exp of their scores [..., R, 1], in units of log 2; 0 and 0 without a key."""
+def finish(softmax: Softmax, words: Words = PLAIN) -> tuple[jax.Array, jax.Array]:
+    """Return the output rows [..., R, V] and the log-sum-exp of their scores [..., R], in units of log 2; 0 and 0 without a key."""
     some = softmax.total > 0
     total = jnp.where(some, softmax.total, 1.0)
-    return softmax.out / total, jnp.where(some, softmax.maximum + jnp.log2(total), 0.0)
+    return softmax.out / words.spread(total), jnp.where(some, softmax.maximum + jnp.log2(total), 0.0)
 
 
-def gradients(
-    scores: jax.Array, d_weights: jax.Array, log_total: jax.Array, delta: jax.Array, key_size: int
-) -> tuple[jax.Array, jax.Array]:
+def gradients(scores: jax.Array, d_weights: jax.Array, log_total: jax.Array, delta: jax.Array, key_size: int, words: Words = PLAIN):
     """Return the weights of a block and the gradients of its products Q K^T, of the shape of the scores, which may be transposed.
 
-    d_weights is dO V^T, delta the rows' sums of dO O. Then dV = P^T dO, dQ = dS K and dK = dS^T Q, each summed over the blocks or rows.
+    d_weights is dO V^T, delta the rows' sums of dO O; it and log_total are laid beside the keys already. Then dV = P^T dO, dQ = dS K and
+    dK = dS^T Q, each summed over the blocks or rows.
     """
-    weights = jnp.exp2(scores - log_total)
+    weights = words.exp2(scores - log_total)
     return weights, key_size**-0.5 * weights * (d_weights - delta)

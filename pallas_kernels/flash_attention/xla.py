@@ -53,11 +53,6 @@ def _block(x: jax.Array, index: jax.Array) -> jax.Array:
     return lax.dynamic_slice_in_dim(x, index * KEY_BLOCK, KEY_BLOCK, axis=1).swapaxes(1, 2)
 
 
-def _block_range(start: jax.Array, stop: jax.Array) -> tuple[jax.Array, jax.Array]:
-    first, last = tile.block_range(start.reshape(-1), stop.reshape(-1))
-    return first[0], last[0]
-
-
 def _forward_tiles(q, block_of: Callable, groups: int, value_size: int, start, stop, positions, aligned):
     """Outputs and log-sum-exps of all tiles of q; block_of(index) is a block of keys and one of values, [B, G, KEY_BLOCK, size]."""
 
@@ -68,7 +63,7 @@ def _forward_tiles(q, block_of: Callable, groups: int, value_size: int, start, s
             softmax, q_, (k, v), seen = pin((softmax, q, block_of(index), tile.seen(start, stop, index)), aligned)
             return pin(tile.add_block(softmax, tile.scores(q_, k, seen), v), aligned)
 
-        first, last = _block_range(start, stop)
+        first, last = tile.block_range(start.reshape(-1), stop.reshape(-1))
         softmax = lax.fori_loop(first, last, key_block, tile.empty(q.shape[:-1], value_size))
         return pin(tile.finish(pin(softmax, aligned)), aligned)
 
@@ -86,7 +81,7 @@ def _forward(q, k, v, start, stop, positions, aligned):
     block_of = lambda index: (_block(keys, index), _block(values, index))
     out, log_total = _forward_tiles(q, block_of, k.shape[2], v.shape[3], start, stop, positions, aligned)
     out = _from_query_tiles(out, positions).astype(q.dtype)
-    return out, (q, k, v, start, stop, out, _from_query_tiles(log_total, positions))
+    return out, (q, k, v, start, stop, out, _from_query_tiles(log_total[..., None], positions))
 
 
 def _backward(positions, aligned, residuals, d_out):
@@ -116,7 +111,7 @@ def _backward(positions, aligned, residuals, d_out):
             dk, dv = add(dk, tile.product(d_scores, q, (0, 0))), add(dv, tile.product(weights, d_out, (0, 0)))
             return tile.product(d_scores, keys, (1, 0), dq), dk, dv
 
-        first, last = _block_range(start, stop)
+        first, last = tile.block_range(start.reshape(-1), stop.reshape(-1))
         dq, dk, dv = lax.fori_loop(first, last, key_block, (jnp.zeros(q.shape), *carry))
         return (dk, dv), dq.astype(q.dtype)
 
