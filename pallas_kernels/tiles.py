@@ -144,6 +144,26 @@ CROSS_ENTROPY_TPU = MappingProxyType(
         "v5p": CrossEntropyTpu(128, 1024, 20 * _MIB, 64 * _MIB),
         "v6e": CrossEntropyTpu(512, 1024, 40 * _MIB, 96 * _MIB),
         "cpu": CrossEntropyTpu(128, 256, 20 * _MIB, 64 * _MIB),
+class FlashTpu(NamedTuple):
+    """Rows of a tile (positions x query heads of a key head), key heads of a program at most, and its tiles of queries and key blocks a step.
+
+    A decode step has one tile of queries. `cores` share the programs, `vmem`: bytes of VMEM in all.
+    """
+
+    rows: int
+    heads: int
+    tiles: int
+    blocks: int
+    cores: int
+    vmem: int
+
+
+FLASH_TPU = MappingProxyType(
+    {
+        "v5e": FlashTpu(128, 4, 2, 2, 1, 64 * _MIB),
+        "v5p": FlashTpu(128, 4, 2, 2, 2, 64 * _MIB),
+        "v6e": FlashTpu(128, 4, 2, 2, 1, 64 * _MIB),
+        "cpu": FlashTpu(32, 2, 2, 2, 1, 64 * _MIB),
     }
 )
 
@@ -169,3 +189,16 @@ CROSS_ENTROPY_GPU = MappingProxyType(
 CROSS_ENTROPY_GPU_FP32 = MappingProxyType(
     {"h200": CrossEntropyGpu(64, 128, 32, 4, 3, band=16, lines=8), "cpu": CrossEntropyGpu(16, 128, 16, 4, 1, band=2, lines=16)}
 )
+class FlashGpu(NamedTuple):
+    """Rows of a tile (positions x query heads of a key head), a program's warps and its pipeline's stages."""
+
+    rows: int
+    warps: int
+    stages: int
+
+
+FLASH_GPU = MappingProxyType({"h200": FlashGpu(64, 4, 2), "cpu": FlashGpu(32, 4, 1)})
+FLASH_GPU_QUERY = MappingProxyType({"h200": FlashGpu(64, 4, 2), "cpu": FlashGpu(32, 4, 1)})
+FLASH_GPU_KEY_VALUE = MappingProxyType({"h200": FlashGpu(64, 8, 2), "cpu": FlashGpu(32, 4, 1)})
+FLASH_GPU_FP32 = MappingProxyType({"h200": FlashGpu(16, 4, 1)})
+"""Of all passes: whole products of fp32 leave no room for larger tiles."""

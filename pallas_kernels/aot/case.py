@@ -7,7 +7,8 @@ import pkgutil
 import re
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import pallas_kernels
@@ -22,7 +23,8 @@ class CompileCase(NamedTuple):
 
     bytes and flops are what the op itself moves and computes; with the chip's rates they make the floor. The gates: it compiles, on a GPU
     nothing spills, `instruction` (a regular expression) is in the PTX, the estimate is at most `floor_ratio` times the floor, and the
-    program's peak memory at most `memory` bytes.
+    program's peak memory at most `memory` bytes. `turns`: how often a kernel's loops turn, by its name, on average, where
+    that is data.
     """
 
     kernel: str
@@ -37,6 +39,7 @@ class CompileCase(NamedTuple):
     instruction: str | None = None
     memory: float | None = None
     quick: bool = False
+    turns: Mapping[str, int] = MappingProxyType({})
 
 
 class Chip(NamedTuple):
@@ -117,15 +120,16 @@ def is_named(compiled: str, name: str) -> bool:
     return re.fullmatch(r"(\w*_)?" + re.sub(r"\W", "_", name) + r"_*([._]\d+)?", compiled) is not None
 
 
-def loop_weights(length: int, loops: Iterable[tuple[int, int]], kernel: Any) -> tuple[list[int], bool]:
+def loop_weights(length: int, loops: Iterable[tuple[int, int]], kernel: Any, turns: int | None = None) -> tuple[list[int], bool]:
     """Return how often each of the lines of a listing runs, and whether that is known.
 
-    Loops are (first, last) lines; the n-th to start is the n-th loop of the kernel's jaxpr, whose length is known if it is a scan. A
-    compiler that unrolled or merged loops leaves another number of them: then each counts once, and the answer is a lower bound.
+    Loops are (first, last) lines; the n-th to start is the n-th loop of the kernel's jaxpr, whose length is known if it is a scan; others
+    take `turns`. A compiler that unrolled or merged loops leaves another number of them: then each counts once, and the answer is a lower
+    bound.
     """
-    lengths: list[Any] = [e.params.get("length") for e in equations(kernel) if e.primitive.name in ("scan", "while")]
+    lengths: list[Any] = [e.params.get("length", turns) for e in equations(kernel) if e.primitive.name in ("scan", "while")]
     loops, weights = sorted(set(loops)), [1] * length
     known = not loops or (len(loops) == len(lengths) and None not in lengths)
-    for (first, last), turns in zip(loops, lengths, strict=False) if known else ():
-        weights[first : last + 1] = [w * turns for w in weights[first : last + 1]]
+    for (first, last), times in zip(loops, lengths, strict=False) if known else ():
+        weights[first : last + 1] = [w * times for w in weights[first : last + 1]]
     return weights, known

@@ -108,7 +108,7 @@ def resources(path: pathlib.Path) -> dict[str, dict[str, int]]:
     return found
 
 
-def count(ptx: str, kernel: Any) -> dict[str, Any]:
+def count(ptx: str, kernel: Any, turns: int | None = None) -> dict[str, Any]:
     """Return what a warp of a kernel executes: instructions, matrix instructions by name, barriers, waits, and the bytes a thread moves.
 
     sequence: the matrix instructions as they stand in the listing, runs of equal ones: shape, where the first operand is, how many.
@@ -116,7 +116,7 @@ def count(ptx: str, kernel: Any) -> dict[str, Any]:
     lines = [line.strip() for line in ptx.splitlines()]
     labels = {line[:-1]: at for at, line in enumerate(lines) if re.fullmatch(r"\$\w+:", line)}
     branches = [(labels[to], at) for at, line in enumerate(lines) for to in re.findall(r"\bbra(?:\.uni)?\s+(\$\w+);", line)]
-    weights, known = gates.loop_weights(len(lines), [(to, at) for to, at in branches if to <= at], kernel)
+    weights, known = gates.loop_weights(len(lines), [(to, at) for to, at in branches if to <= at], kernel, turns)
     total: dict[str, Any] = {"known": known, "issued": 0, "bytes": 0, "stalls": 0, "overlapped": False, "instructions": {}, "sequence": []}
     for line, weight in zip(lines, weights, strict=True):
         match = re.match(r"(?:@!?%p\d+ )?([a-z][a-z0-9]*(?:[.:]+\w+)*)\s", line)
@@ -193,7 +193,7 @@ def compile_case(case: gates.CompileCase, target: str, folder: str) -> dict[str,
             continue  # an equal kernel was listed, or nothing uses it
         launches.remove(launch)
         grid, threads, shared = tuple(map(int, launch[1:4])), int(launch[4]), int(launch[5])
-        counted, report = count(parts[launch[0]], equation.params["jaxpr"]), reports[launch[0]]
+        counted, report = count(parts[launch[0]], equation.params["jaxpr"], case.turns.get(name)), reports[launch[0]]
         cost, arrays = equation.params["cost_estimate"], [x.aval for x in (*equation.invars, *equation.outvars)]
         moved = cost.bytes_accessed if cost else sum(x.size * x.dtype.itemsize for x in arrays)  # pyright: ignore[reportAttributeAccessIssue]
         times = bounds(counted, math.prod(grid), threads, report["registers"], shared, moved)

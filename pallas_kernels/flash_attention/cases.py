@@ -1,6 +1,8 @@
 """Named shapes of flash attention, shared by the tests and the benchmark."""
 
-from typing import NamedTuple
+import functools
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +10,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from pallas_kernels import GRID
+from pallas_kernels.aot.case import CompileCase
 
 
 class Case(NamedTuple):
@@ -62,3 +65,95 @@ def inputs(case: Case, dtype: DTypeLike, seed: int = 0) -> Inputs:
     normal = lambda heads, size: jnp.asarray(rng.standard_normal((case.B, case.T, heads, size)), dtype)
     q, k, v = normal(case.H, case.K), normal(case.G, case.K), normal(case.G, case.V or case.K)
     return Inputs(q, k, v, *(jnp.asarray(x) for x in bounds(case)))
+
+
+class CacheCase(NamedTuple):
+    """Queries at the end of a cache: slots, tokens of each, keys of each before and with them, heads, whether the keys are in pages."""
+
+    slots: int
+    T: int
+    S: int
+    H: int
+    G: int = 4
+    K: int = 128
+    paged: bool = True
+
+
+COMPILE_TRAINING = {
+    "mini (1, 8192, 16)": Case(1, 8192, 16, 4, 128),
+    "flash (1, 8192, 32)": Case(1, 8192, 32, 4, 128),
+    "mini (1, 32768, 16)": Case(1, 32768, 16, 4, 128),
+    "flash (1, 32768, 32)": Case(1, 32768, 32, 4, 128),
+}
+COMPILE_CACHE = {
+    "mini 64 slots, 8192 keys": CacheCase(64, 1, 8192, 16),
+    "flash 64 slots, 8192 keys": CacheCase(64, 1, 8192, 32),
+    "mini 1 slot, 524288 keys": CacheCase(1, 1, 524288, 16),
+    "mini 64 slots, flat": CacheCase(64, 1, 8192, 16, paged=False),
+    "mini 1024 on 32768 keys": CacheCase(1, 1024, 32768, 16),
+    "flash 1024 on 32768 keys": CacheCase(1, 1024, 32768, 32),
+}
+TARGETS = {"pallas_tpu": ("v5e", "v5p", "v6e"), "pallas_gpu": ("h200",)}
+WGMMA = r"wgmma\..*m64n128k16"
+
+
+def compile_cases() -> Iterator[CompileCase]:
+    """Yield what the compile gates compile. A TPU's estimate counts the steps that a causal mask skips as if they were not skipped."""
+    for implementation, targets in TARGETS.items():
+        for name, case in COMPILE_TRAINING.items():
+            yield _compile_training("forward", name, case, implementation, targets)
+            if case.T == 8192:
+                yield _compile_training("backward", name, case, implementation, targets)
+        for name, case in COMPILE_CACHE.items():
+            yield _compile_cache(name, case, implementation, targets)
+
+
+def _compile_training(kernel: str, name: str, case: Case, implementation: str, targets: tuple[str, ...]) -> CompileCase:
+    """One causal sequence."""
+    from pallas_kernels.flash_attention.api import flash_attention
+
+    bf16 = lambda heads: jax.ShapeDtypeStruct((case.B, case.T, heads, case.K), jnp.bfloat16)
+    bound, backward = jax.ShapeDtypeStruct((case.B, case.T), jnp.int32), kernel == "backward"
+    op = functools.partial(flash_attention, implementation=implementation)
+
+    def gradients(q, k, v, start, stop, d_out):
+        return jax.vjp(lambda q, k, v: op(q, k, v, start, stop), q, k, v)[1](d_out)
+
+    arguments: tuple[Any, ...] = (bf16(case.H), bf16(case.G), bf16(case.G), bound, bound)
+    products = 2 * case.B * case.H * case.T * (case.T + 1) / 2 * case.K  # FLOPs of one product under the mask
+    moved = 2 * case.B * case.T * case.K * 2 * (case.H + case.G)
+    blocks = case.T // GRID
+    return CompileCase(
+        kernel=f"flash_attention.{kernel}",
+        shape=name,
+        targets=targets,
+        program=gradients if backward else op,
+        arguments=(*arguments, bf16(case.H)) if backward else arguments,
+        bytes=3 * moved if backward else moved,
+        flops=(2 + 7 if backward else 2) * products,  # the gradient's program has the forward in it
+        instruction=WGMMA if implementation == "pallas_gpu" else None,
+        quick=case.T == 8192 and case.H == 16 and implementation == "pallas_gpu",
+        turns={"flash_forward": (blocks + 1) // 2, "flash_dq": (blocks + 1) // 2, "flash_dkv": case.T // 2 * case.H // case.G // 64},
+    )
+
+
+def _compile_cache(name: str, case: CacheCase, implementation: str, targets: tuple[str, ...]) -> CompileCase:
+    """Decoding, or a piece of a prompt."""
+    from pallas_kernels.flash_attention.api import flash_attention, flash_attention_paged
+
+    blocks, bf16 = case.S // GRID, lambda *shape: jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+    keys = (case.slots * blocks, GRID) if case.paged else (case.slots, case.S)
+    table = [jax.ShapeDtypeStruct((case.slots, blocks), jnp.int32)] if case.paged else []
+    bound, q = jax.ShapeDtypeStruct((case.slots, case.T), jnp.int32), bf16(case.slots, case.T, case.H, case.K)
+    return CompileCase(
+        kernel=f"flash_attention.{'decode' if case.T == 1 else 'prefill'}",
+        shape=name,
+        targets=targets,
+        program=functools.partial(flash_attention_paged if case.paged else flash_attention, implementation=implementation),
+        arguments=(q, bf16(*keys, case.G, case.K), bf16(*keys, case.G, case.K), *table, bound, bound),
+        bytes=4 * case.slots * case.K * (case.S * case.G + case.T * case.H),
+        flops=4 * case.slots * case.T * case.H * case.S * case.K,
+        instruction=WGMMA if implementation == "pallas_gpu" else None,
+        quick=case.T == 1 and case.H == 16 and case.paged and case.slots == 64,
+        turns={"flash_forward": blocks},
+    )

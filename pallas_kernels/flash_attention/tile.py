@@ -1,51 +1,46 @@
-"""Softmax attention of a tile of query rows over one block of keys (online softmax, arXiv 2205.14135).
+"""Softmax attention of a tile of query rows over one block of keys (online softmax, arXiv 2205.14135), and its gradient.
 
 A block that is wholly masked for a row changes nothing in it: weight 0, rescale 1. So the bits depend on the order of the blocks alone.
 Scores are in units of log 2 and the running maximum is rounded up to an integer: the rescale is a power of two and its products are exact,
 so that it makes no difference whether a compiler contracts them with the additions that follow.
+
+Rows are pairs of a position and a query head of one key head, in any order: `xla` and the kernels lay them out as suits them. Arrays may
+have any equal axes in front ([..., R, K]); each statement does all of them before the next one. `Words` are what a backend says its own
+way; the mathematics does not depend on them.
 """
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.compat import dot_cast, dot_operand, dot_precision
+from pallas_kernels import GRID
+from pallas_kernels.compat import dot_cast, dot_general
 
-MASKED = -1e30
-"""Score of a masked key: finite, so that a row that has seen no key yet needs no special case."""
+KEY_BLOCK = GRID
+MASKED = -3e38
+"""Score of a masked key: its weight is an exact 0 for every maximum a row can have, also for that of a row without a key yet."""
+UNSEEN = -1e30
+"""Maximum of a row that has seen no key: an integer as the others are."""
 
 
 class Softmax(NamedTuple):
-    """Running softmax of a tile of rows: maximum m (an integer) and sum l [B, G, R], unnormalised output [B, G, R, V], all fp32."""
+    """Running softmax of a tile of rows: maximum m (an integer) and sum l [..., R], unnormalised output [..., R, V], all fp32."""
 
     maximum: jax.Array
     total: jax.Array
     out: jax.Array
 
 
-def product(equation: str, a: jax.Array, b: jax.Array) -> jax.Array:
-    """Return the einsum of two operands (see `compat.dot_operand`, `compat.dot_cast`), accumulated and returned in fp32."""
-    precision = dot_precision(a.dtype)
-    return jnp.einsum(equation, dot_operand(a), dot_operand(b), precision=precision, preferred_element_type=jnp.float32)
-
-
-def empty(q: jax.Array, value_size: int) -> Softmax:
-    """Return the softmax of rows q [B, G, R, K] that have seen no key."""
-    shape = q.shape[:-1]
-    return Softmax(jnp.full(shape, MASKED), jnp.zeros(shape), jnp.zeros((*shape, value_size)))
-
-
-def scores(q: jax.Array, k: jax.Array, seen: jax.Array) -> jax.Array:
-    """Return the masked scores [B, G, R, S], in units of log 2, of rows q [B, G, R, K] and keys k [B, S, G, K]; seen [B, 1, R, S]."""
-    return jnp.where(seen, math.log2(math.e) * q.shape[-1] ** -0.5 * product("bgrk,bsgk->bgrs", q, k), MASKED)
-
-
-def power_of_two(exponent: jax.Array) -> jax.Array:
-    """Return 2**exponent, exactly, for integers <= 0; what would be subnormal is 0."""
-    return lax.bitcast_convert_type((jnp.maximum(exponent, -127).astype(jnp.int32) + 127) << 23, jnp.float32)
+def product(a: jax.Array, b: jax.Array, axes: tuple[int, int] = (1, 0), acc: jax.Array | None = None) -> jax.Array:
+    """Return the product of matrices [..., M, N] over axis axes[0] of a and axes[1] of b, added to `acc`, in fp32."""
+    lead = a.ndim - 2
+    batch = tuple(range(lead))
+    y = dot_general(a, b, ((lead + axes[0],), (lead + axes[1],)), (batch, batch))
+    return y if acc is None else acc + y
 
 
 def row_sum(x: jax.Array) -> jax.Array:
@@ -56,18 +51,73 @@ def row_sum(x: jax.Array) -> jax.Array:
     return x[..., 0]
 
 
-def add_block(softmax: Softmax, q: jax.Array, k: jax.Array, v: jax.Array, seen: jax.Array) -> Softmax:
-    """Return the softmax after one more block of keys k [B, S, G, K] and values v [B, S, G, V]."""
-    x = scores(q, k, seen)
-    maximum = jnp.maximum(softmax.maximum, jnp.ceil(x.max(-1)))
-    weights = jnp.where(seen, jnp.exp2(x - maximum[..., None]), 0.0)
+class Words(NamedTuple):
+    """How a backend takes a product, the largest value and the sum of each row, lays a number a row beside its keys, and takes 2**x."""
+
+    dot: Callable = product
+    largest: Callable = lambda x: x.max(-1)
+    total: Callable = row_sum
+    spread: Callable = lambda x: x[..., None]
+    exp2: Callable = jnp.exp2
+
+
+PLAIN = Words()
+
+
+def block_range(start: jax.Array, stop: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Return the first and one past the last key block that any of the rows sees whose bounds stand on the last axis."""
+    none = stop <= start
+    first = jnp.where(none, jnp.iinfo(jnp.int32).max, start).min(-1)
+    last = jnp.where(none, 0, stop).max(-1) + (KEY_BLOCK - 1)
+    return lax.div(first, jnp.int32(KEY_BLOCK)), lax.div(last, jnp.int32(KEY_BLOCK))
+
+
+def seen(start: jax.Array, stop: jax.Array, block: jax.Array, axis: int = 1) -> jax.Array:
+    """Return which keys of a block, on `axis`, the rows see, whose bounds are columns [..., R, 1], or rows [..., 1, R] for axis 0."""
+    shape = (start.shape[-2], KEY_BLOCK) if axis else (KEY_BLOCK, start.shape[-1])
+    key, first = lax.broadcasted_iota(jnp.int32, shape, axis), block * KEY_BLOCK
+    return (key >= start - first) & (key < stop - first)
+
+
+def empty(rows: tuple[int, ...], value_size: int) -> Softmax:
+    """Return the softmax of rows [..., R] that have seen no key."""
+    return Softmax(jnp.full(rows, UNSEEN), jnp.zeros(rows), jnp.zeros((*rows, value_size)))
+
+
+def scores(q: jax.Array, k: jax.Array, seen: jax.Array, dot: Callable = product) -> jax.Array:
+    """Return the masked scores [..., R, S], in units of log 2, of rows q [..., R, K] and keys k [..., S, K].
+
+    With keys and queries in each other's place, and `seen` so, it is the transpose.
+    """
+    return jnp.where(seen, math.log2(math.e) * q.shape[-1] ** -0.5 * dot(q, k, (1, 1)), MASKED)
+
+
+def power_of_two(exponent: jax.Array) -> jax.Array:
+    """Return 2**exponent, exactly, for integers <= 0; what would be subnormal is 0."""
+    return lax.bitcast_convert_type((jnp.maximum(exponent, -127).astype(jnp.int32) + 127) << 23, jnp.float32)
+
+
+def add_block(softmax: Softmax, scores: jax.Array, v: jax.Array, words: Words = PLAIN) -> Softmax:
+    """Return the softmax after one more block of keys, with these scores [..., R, S] and values v [..., S, V]."""
+    maximum = jnp.maximum(softmax.maximum, jnp.ceil(words.largest(scores)))
+    weights = words.exp2(scores - words.spread(maximum))
     rescale = power_of_two(softmax.maximum - maximum)
-    out = rescale[..., None] * softmax.out + product("bgrs,bsgv->bgrv", dot_cast(weights, v.dtype), v)
-    return Softmax(maximum, rescale * softmax.total + row_sum(weights), out)
+    out = words.dot(dot_cast(weights, v.dtype), v, (1, 0), words.spread(rescale) * softmax.out)
+    return Softmax(maximum, rescale * softmax.total + words.total(weights), out)
 
 
-def finish(softmax: Softmax) -> tuple[jax.Array, jax.Array]:
-    """Return the output rows [B, G, R, V] and the log-sum-exp of their scores [B, G, R], in units of log 2; 0 and 0 without a key."""
+def finish(softmax: Softmax, words: Words = PLAIN) -> tuple[jax.Array, jax.Array]:
+    """Return the output rows [..., R, V] and the log-sum-exp of their scores [..., R], in units of log 2; 0 and 0 without a key."""
     some = softmax.total > 0
     total = jnp.where(some, softmax.total, 1.0)
-    return softmax.out / total[..., None], jnp.where(some, softmax.maximum + jnp.log2(total), 0.0)
+    return softmax.out / words.spread(total), jnp.where(some, softmax.maximum + jnp.log2(total), 0.0)
+
+
+def gradients(scores: jax.Array, d_weights: jax.Array, log_total: jax.Array, delta: jax.Array, key_size: int, words: Words = PLAIN):
+    """Return the weights of a block and the gradients of its products Q K^T, of the shape of the scores, which may be transposed.
+
+    d_weights is dO V^T, delta the rows' sums of dO O; it and log_total are laid beside the keys already. Then dV = P^T dO, dQ = dS K and
+    dK = dS^T Q, each summed over the blocks or rows.
+    """
+    weights = words.exp2(scores - log_total)
+    return weights, key_size**-0.5 * weights * (d_weights - delta)
