@@ -127,3 +127,50 @@ SCALED_MATMUL_GPU = MappingProxyType(
         "cpu": ScaledMatmulGpu(rows=128, columns=128, warps=8, stages=3, band=2),
     }
 )
+
+
+class GroupedRows(NamedTuple):
+    """Rows of a tile, to which groups are padded: in aligned numerics, and in fast ones at low and at high load."""
+
+    aligned: int
+    smallest: int
+    largest: int
+
+
+GROUPED_ROWS = MappingProxyType({"accelerator": GroupedRows(16, 16, 16), "cpu": GroupedRows(16, 8, 256)})
+"""The kernels cut groups into tiles of their own (below), whatever the padding: here little of it counts. Plain JAX takes these tiles."""
+
+
+class GroupedTpu(NamedTuple):
+    """Rows of a block, columns at most, bytes that two blocks of w may take, the side of a block of dw at most, bytes of VMEM in all."""
+
+    rows: int
+    columns: int
+    resident: int
+    gradient: int
+    vmem: int
+
+
+GROUPED_TPU = MappingProxyType(
+    {
+        "v5e": GroupedTpu(128, 1024, 40 * _MIB, 1024, 96 * _MIB),
+        "v5p": GroupedTpu(128, 512, 20 * _MIB, 1024, 48 * _MIB),
+        "v6e": GroupedTpu(256, 1024, 40 * _MIB, 1024, 96 * _MIB),
+        "cpu": GroupedTpu(32, 128, 20 * _MIB, 128, 48 * _MIB),
+    }
+)
+GROUPED_GPU = MappingProxyType({"h200": MatmulGpu(128, 256, 64, 8, 3), "cpu": MatmulGpu(32, 32, 16, 4, 1)})
+GROUPED_GPU_GRADIENT = MappingProxyType({"h200": MatmulGpu(128, 256, 64, 8, 3), "cpu": MatmulGpu(16, 32, 16, 4, 1)})
+"""A block of dw, and the rows that are added at a time."""
+GROUPED_GPU_FP32 = MappingProxyType({"h200": MatmulGpu(64, 128, 32, 4, 3), "cpu": MatmulGpu(16, 16, 16, 4, 1)})
+
+
+class CombineGpu(NamedTuple):
+    """Rows and columns of a program's tile, and its warps."""
+
+    rows: int
+    columns: int
+    warps: int
+
+
+COMBINE_GPU = MappingProxyType({"h200": CombineGpu(4, 512, 4), "cpu": CombineGpu(16, 32, 4)})

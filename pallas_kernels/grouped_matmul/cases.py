@@ -1,11 +1,15 @@
 """Named shapes of the grouped product, shared by the tests and the benchmark."""
 
+import functools
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
+
+from pallas_kernels.aot.case import CompileCase
 
 
 class Case(NamedTuple):
@@ -60,3 +64,62 @@ def inputs(case: Case, dtype: DTypeLike, seed: int = 0) -> tuple[jax.Array, jax.
     x = jnp.asarray(rng.standard_normal((case.N, case.D)), dtype)
     w = jnp.asarray(rng.standard_normal((case.E, case.D, case.F)) * case.D**-0.5, dtype)
     return x, w, jnp.asarray(experts(case, seed))
+
+
+COMPILE_SIZES = {
+    "mini gate_up": (2048, 1024),
+    "mini down": (512, 2048),
+    "flash gate_up": (4096, 2048),
+    "flash down": (1024, 4096),
+}
+"""Terms and columns of the released models' experts, of which there are 256; a token has 8."""
+TARGETS = {"pallas_tpu": ("v5e", "v5p", "v6e"), "pallas_gpu": ("h200",)}
+_EXPERTS, _ACTIVE, _ROW_TILE = 256, 8, 16
+
+
+def compile_cases() -> Iterator[CompileCase]:
+    """Yield what the compile gates compile: training and decoding, with the gather of tokens where it is fused, and the gradients."""
+    for implementation in TARGETS:
+        for name in COMPILE_SIZES:
+            for num in (8192, 64):
+                yield _compile("forward", name, num, implementation, quick=(name, num) == ("mini down", 64))
+        yield _compile("backward", "mini gate_up", 8192, implementation)
+        yield _compile("backward", "flash down", 8192, implementation)
+    for name in ("mini gate_up", "flash gate_up"):
+        yield _compile("gathered", name, 8192, "pallas_gpu", quick=name.startswith("mini"))
+
+
+def _compile(kernel: str, name: str, num: int, implementation: str, quick: bool = False) -> CompileCase:
+    """A product of so many tokens' rows, each token with 8 of 256 experts."""
+    from pallas_kernels.grouped_matmul.api import Groups, gather_grouped_matmul, grouped_matmul
+
+    terms, columns = COMPILE_SIZES[name]
+    assigned = num * _ACTIVE
+    num_rows = min(assigned, assigned // _ROW_TILE + _EXPERTS) * _ROW_TILE
+    array = lambda *shape, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(shape, dtype)
+    integers = functools.partial(array, dtype=jnp.int32)
+    how = {"row_tile": _ROW_TILE, "implementation": implementation}
+    w, tiles = array(_EXPERTS, terms, columns), integers(_EXPERTS)
+    if kernel == "gathered":
+        program = lambda x, w, groups: gather_grouped_matmul(x, w, groups, _ACTIVE, **how)
+        arguments = array(num, terms), w, Groups(integers(num_rows), integers(assigned), tiles)
+    elif kernel == "backward":
+        product = lambda x, w, tiles: grouped_matmul(x, w, tiles, **how)
+        program = lambda x, w, tiles, dy: jax.vjp(lambda x, w: product(x, w, tiles), x, w)[1](dy)
+        arguments = array(num_rows, terms), w, tiles, array(num_rows, columns)
+    else:
+        program = lambda x, w, tiles: grouped_matmul(x, w, tiles, **how)
+        arguments = array(num_rows, terms), w, tiles
+    passes = 2 if kernel == "backward" else 1
+    rows = (num if kernel == "gathered" else assigned) * terms + assigned * columns
+    return CompileCase(
+        kernel=f"grouped_matmul.{kernel}",
+        shape=f"{name} {num}",
+        targets=TARGETS[implementation],
+        program=program,
+        arguments=arguments,
+        bytes=2 * passes * (rows + _EXPERTS * terms * columns),
+        flops=2 * passes * assigned * terms * columns,
+        instruction=r"wgmma\..*m64n(128|256)k16" if implementation == "pallas_gpu" else None,
+        quick=quick,
+    )
