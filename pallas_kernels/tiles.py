@@ -174,3 +174,22 @@ class CombineGpu(NamedTuple):
 
 
 COMBINE_GPU = MappingProxyType({"h200": CombineGpu(4, 512, 4), "cpu": CombineGpu(16, 32, 4)})
+
+
+class GroupedScaledTpu(NamedTuple):
+    """Rows of a block, columns at most, the side of a block of dw at most (whole groups of 128), bytes of VMEM in all."""
+
+    rows: int
+    columns: int
+    gradient: int
+    vmem: int
+
+
+GROUPED_SCALED_TPU = MappingProxyType(
+    {
+        "v5e": GroupedScaledTpu(128, 512, 1024, 64 * _MIB),
+        "v5p": GroupedScaledTpu(128, 512, 1024, 64 * _MIB),
+        "v6e": GroupedScaledTpu(128, 512, 1024, 64 * _MIB),
+        "cpu": GroupedScaledTpu(128, 128, 128, 64 * _MIB),
+    }
+)

@@ -1,9 +1,12 @@
 """What the Pallas implementations share: which rows are whose, and the product's gradients."""
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
 
 from pallas_kernels.compat import dot_operand
 from pallas_kernels.grouped_matmul import xla
@@ -20,6 +23,48 @@ def listed(counts: jax.Array, length: int) -> tuple[jax.Array, jax.Array]:
     at, end = jnp.arange(length, dtype=jnp.int32), jnp.cumsum(counts)
     g = jnp.minimum((at[:, None] >= end).sum(1, dtype=jnp.int32), len(counts) - 1)
     return g, at - (end - counts)[g]
+
+
+def cuts(tiles: jax.Array, num_rows: int, row_tile: int, block: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Return (group, first row, row behind the last) of blocks that groups are cut into from their first rows on.
+
+    The rows behind all groups are cut as if they were another group's, and those behind the list are empty.
+    """
+    first, last = ranges(tiles, num_rows, row_tile)
+    most = min(num_rows // row_tile * pl.cdiv(row_tile, block), num_rows // block + tiles.shape[0] + 1)
+    group, index = listed(pl.cdiv(last - first, block), most)
+    return group, jnp.minimum(first[group] + index * block, num_rows), last[group]
+
+
+class Visits(NamedTuple):
+    """What each visit reads and writes: its group's matrix, a block of rows, a block of the result, and the rows that are the group's."""
+
+    group: jax.Array
+    source: jax.Array
+    target: jax.Array
+    first: jax.Array
+    last: jax.Array
+
+
+def visits(tiles: jax.Array, num_rows: int, row_tile: int, block: int, every_group: bool) -> Visits:
+    """Return the visits of all blocks by all groups that have rows in them; with `every_group` one, too, of a group that has none.
+
+    Without it the rows behind all groups are visited as if they were another group's: their blocks are written, by visits without rows.
+    """
+    first, last = ranges(tiles, num_rows, row_tile)
+    num_groups, num_blocks = tiles.shape[0], pl.cdiv(num_rows, block)
+    if every_group:
+        first, last = first[:-1], last[:-1]
+    counts = jnp.where(last > first, (last - 1) // block - first // block + 1, int(every_group))
+    most = num_blocks + num_groups if every_group else min(num_blocks + num_groups, num_blocks + pl.cdiv(num_rows, row_tile))
+    group, index = listed(counts, most)
+    own = (index < counts[group]) & (first[group] < last[group]) & (group < num_groups)
+    at = jnp.arange(most, dtype=jnp.int32)
+    latest = jnp.maximum(lax.cummax(jnp.where(own, at, -1)), 0)  # the last visit up to this one that computes something
+    target = jnp.minimum(first[group] // block + index, num_blocks - 1)
+    source = jnp.where(own.any(), target[latest], 0)
+    matrix = group if every_group else jnp.minimum(group[latest], num_groups - 1)
+    return Visits(matrix, source, target, jnp.where(own, first[group], num_rows), jnp.where(own, last[group], 0))
 
 
 def grouped_matmul(product: Callable, weight_gradient: Callable, x, w, tiles, moves, *, row_tile):

@@ -87,23 +87,20 @@ def _product_kernel(group_ref, start_ref, end_ref, *refs, contract, size):
 
 def product(x, w, tiles, token, contract, row_tile):
     """Return each row times its group's matrix, contracting axis `contract` of that; the tile depends on neither rows nor groups."""
-    num_rows, num_groups = x.shape[0] if token is None else token.shape[0], w.shape[0]
+    num_rows = x.shape[0] if token is None else token.shape[0]
     terms, num_columns = w.shape[1 + contract], w.shape[2 - contract]
     size = tables.of(tables.GROUPED_GPU if x.dtype == jnp.bfloat16 else tables.GROUPED_GPU_FP32)
-    first, last = pallas.ranges(tiles, num_rows, row_tile)
-    visits = min(pl.cdiv(num_rows, min(row_tile, size.rows)), num_rows // size.rows + num_groups + 1)
-    group, index = pallas.listed(pl.cdiv(last - first, size.rows), visits)
-    start = jnp.minimum(first[group] + index * size.rows, num_rows)
+    group, start, end = pallas.cuts(tiles, num_rows, row_tile, size.rows)
     out = jax.ShapeDtypeStruct((num_rows, num_columns), x.dtype)
     return pl.pallas_call(
         functools.partial(_product_kernel, contract=contract, size=size),
         name="grouped_matmul_" + ("dx" if contract else "forward" if token is None else "gathered"),
-        grid=(pl.cdiv(num_columns, size.columns), visits),
+        grid=(pl.cdiv(num_columns, size.columns), group.shape[0]),
         out_shape=out,
         compiler_params=triton.CompilerParams(num_warps=size.warps, num_stages=size.stages),
         cost_estimate=_cost((x, w, out), num_rows * terms * num_columns),
         interpret=interpreted("gpu"),
-    )(group, start, last[group], *([] if token is None else [token]), x, w)
+    )(group, start, end, *([] if token is None else [token]), x, w)
 
 
 def _gradient_kernel(first_ref, last_ref, *refs, size):

@@ -6,7 +6,6 @@ compute name the blocks of the last one that had, so nothing moves.
 """
 
 import functools
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,66 +19,40 @@ from pallas_kernels.grouped_matmul import pallas, tile, xla
 _LANES = 128
 
 
-class Visits(NamedTuple):
-    """What each visit reads and writes: its group's matrix, a block of rows, a block of the result, and the rows that are the group's."""
-
-    group: jax.Array
-    source: jax.Array
-    target: jax.Array
-    first: jax.Array
-    last: jax.Array
-
-
-def _visits(tiles: jax.Array, num_rows: int, row_tile: int, block: int, every_group: bool) -> Visits:
-    """Return the visits of all blocks by all groups that have rows in them; with `every_group` one, too, of a group that has none.
-
-    Without it the rows behind all groups are visited as if they were another group's: their blocks are written, by visits without rows.
-    """
-    first, last = pallas.ranges(tiles, num_rows, row_tile)
-    num_groups, num_blocks = tiles.shape[0], pl.cdiv(num_rows, block)
-    if every_group:
-        first, last = first[:-1], last[:-1]
-    counts = jnp.where(last > first, (last - 1) // block - first // block + 1, int(every_group))
-    most = num_blocks + num_groups if every_group else min(num_blocks + num_groups, num_blocks + pl.cdiv(num_rows, row_tile))
-    group, index = pallas.listed(counts, most)
-    own = (index < counts[group]) & (first[group] < last[group]) & (group < num_groups)
-    at = jnp.arange(most, dtype=jnp.int32)
-    latest = jnp.maximum(jax.lax.cummax(jnp.where(own, at, -1)), 0)  # the last visit up to this one that computes something
-    target = jnp.minimum(first[group] // block + index, num_blocks - 1)
-    source = jnp.where(own.any(), target[latest], 0)
-    matrix = group if every_group else jnp.minimum(group[latest], num_groups - 1)
-    return Visits(matrix, source, target, jnp.where(own, first[group], num_rows), jnp.where(own, last[group], 0))
-
-
-def _is_new(ref, visit) -> jax.Array:
-    """Whether the block that a list names is another one than that of the visit before."""
+def is_new(ref, visit) -> jax.Array:
+    """Return whether the block that a list names is another one than that of the visit before."""
     return (visit == 0) | (ref[visit] != ref[jnp.maximum(visit - 1, 0)])
 
 
-def _own(visits: Visits, visit, shape: tuple[int, int]) -> jax.Array:
-    """Which entries of a block of rows are the group's."""
-    row = visits.source[visit] * shape[0] + jax.lax.broadcasted_iota(jnp.int32, shape, 0)
+def is_over(ref, visit, num: int) -> jax.Array:
+    """Return whether this is the last of `num` visits, or the block that a list names is another one than that of the next."""
+    return (visit == num - 1) | (ref[visit] != ref[jnp.minimum(visit + 1, num - 1)])
+
+
+def own(visits: pallas.Visits, visit, shape: tuple[int, ...], rows_at: int = 0) -> jax.Array:
+    """Return which entries of a block of rows, which stand along axis `rows_at`, are the group's."""
+    row = visits.source[visit] * shape[rows_at] + jax.lax.broadcasted_iota(jnp.int32, shape, rows_at)
     return (row >= visits.first[visit]) & (row < visits.last[visit])
 
 
 def _product_kernel(*refs, contract):
-    visits, (x_ref, w_ref, out_ref) = Visits(*refs[:5]), refs[5:]
+    visits, (x_ref, w_ref, out_ref) = pallas.Visits(*refs[:5]), refs[5:]
     visit = pl.program_id(1)
-    opens, has_rows = _is_new(visits.target, visit), visits.first[visit] < visits.last[visit]
+    opens, has_rows = is_new(visits.target, visit), visits.first[visit] < visits.last[visit]
 
     @pl.when(has_rows)
     def _multiply():
         y = tile.product(x_ref[...], w_ref[0], contract)
         others = jnp.where(opens, 0.0, out_ref[...].astype(jnp.float32))
-        out_ref[...] = jnp.where(_own(visits, visit, y.shape), y, others).astype(out_ref.dtype)
+        out_ref[...] = jnp.where(own(visits, visit, y.shape), y, others).astype(out_ref.dtype)
 
     @pl.when(opens & ~has_rows)
     def _clear():
         out_ref[...] = jnp.zeros_like(out_ref)
 
 
-def _divided(length: int, most: int) -> int:
-    """Whole lanes of a block at most `most` wide, as few blocks as then are needed, of about one width."""
+def divided(length: int, most: int) -> int:
+    """Return the whole lanes of a block at most `most` wide: as few blocks as then are needed, of about one width."""
     blocks = pl.cdiv(length, most)
     return min(length, pl.cdiv(length, blocks * _LANES) * _LANES)
 
@@ -92,9 +65,9 @@ def product(x, w, tiles, token, contract, row_tile):
     width = min(size.columns, size.resident // (2 * terms * w.dtype.itemsize) // _LANES * _LANES)
     if not width:
         raise NotImplementedError(f"{_LANES} columns of {terms} terms do not fit in VMEM twice")
-    width = _divided(num_columns, width)
-    visits = _visits(tiles, num_rows, row_tile, size.rows, False)
-    at = lambda f: lambda n, v, *refs: f(n, v, Visits(*refs))
+    width = divided(num_columns, width)
+    visits = pallas.visits(tiles, num_rows, row_tile, size.rows, False)
+    at = lambda f: lambda n, v, *refs: f(n, v, pallas.Visits(*refs))
     w_shape, w_index = (
         ((1, width, terms), lambda n, v, of: (of.group[v], n, 0))
         if contract
@@ -114,29 +87,27 @@ def product(x, w, tiles, token, contract, row_tile):
             out_specs=pl.BlockSpec((size.rows, width), at(lambda n, v, of: (of.target[v], n))),
         ),
         out_shape=out,
-        compiler_params=_params(("parallel", "arbitrary"), size),
+        compiler_params=params(("parallel", "arbitrary"), size.vmem),
         cost_estimate=_cost((x, w, out), num_rows * terms * num_columns),
         interpret=interpreted("tpu"),
     )(*visits, x, w)
 
 
 def _gradient_kernel(*refs):
-    visits, (x_ref, dy_ref, out_ref, total_ref) = Visits(*refs[:5]), refs[5:]
-    visit, last = pl.program_id(2), pl.num_programs(2) - 1
-    opens = _is_new(visits.group, visit)
-    closes = (visit == last) | (visits.group[visit] != visits.group[jnp.minimum(visit + 1, last)])
+    visits, (x_ref, dy_ref, out_ref, total_ref) = pallas.Visits(*refs[:5]), refs[5:]
+    visit = pl.program_id(2)
 
-    @pl.when(opens)
+    @pl.when(is_new(visits.group, visit))
     def _clear():
         total_ref[...] = jnp.zeros_like(total_ref)
 
     @pl.when(visits.first[visit] < visits.last[visit])
     def _add():
         # Behind the last row a block may hold anything, also NaN: both sides are masked.
-        x, dy = (jnp.where(_own(visits, visit, ref.shape), ref[...].astype(jnp.float32), 0.0).astype(ref.dtype) for ref in (x_ref, dy_ref))
+        x, dy = (jnp.where(own(visits, visit, ref.shape), ref[...].astype(jnp.float32), 0.0).astype(ref.dtype) for ref in (x_ref, dy_ref))
         total_ref[...] = tile.weight_gradient(x, dy, total_ref[...])
 
-    @pl.when(closes)
+    @pl.when(is_over(visits.group, visit, pl.num_programs(2)))
     def _write():
         out_ref[0] = total_ref[...].astype(out_ref.dtype)
 
@@ -146,9 +117,9 @@ def weight_gradient(x, dy, tiles, token, row_tile):
     del token
     (num_rows, terms), num_columns = x.shape, dy.shape[1]
     size = tables.of(tables.GROUPED_TPU)
-    height, width = _divided(terms, size.gradient), _divided(num_columns, size.gradient)
-    visits = _visits(tiles, num_rows, row_tile, size.rows, True)
-    at = lambda f: lambda m, n, v, *refs: f(m, n, v, Visits(*refs))
+    height, width = divided(terms, size.gradient), divided(num_columns, size.gradient)
+    visits = pallas.visits(tiles, num_rows, row_tile, size.rows, True)
+    at = lambda f: lambda m, n, v, *refs: f(m, n, v, pallas.Visits(*refs))
     out = jax.ShapeDtypeStruct((tiles.shape[0], terms, num_columns), x.dtype)
     return pl.pallas_call(
         _gradient_kernel,
@@ -164,14 +135,15 @@ def weight_gradient(x, dy, tiles, token, row_tile):
             scratch_shapes=[pltpu.VMEM((height, width), jnp.float32)],
         ),
         out_shape=out,
-        compiler_params=_params(("parallel", "parallel", "arbitrary"), size),
+        compiler_params=params(("parallel", "parallel", "arbitrary"), size.vmem),
         cost_estimate=_cost((x, dy, out), num_rows * terms * num_columns),
         interpret=interpreted("tpu"),
     )(*visits, x, dy)
 
 
-def _params(semantics: tuple[str, ...], size: tables.GroupedTpu) -> pltpu.CompilerParams:
-    return pltpu.CompilerParams(dimension_semantics=semantics, vmem_limit_bytes=size.vmem, disable_bounds_checks=True)  # pyright: ignore
+def params(semantics: tuple[str, ...], vmem: int) -> pltpu.CompilerParams:
+    """Return the compiler's parameters of a kernel with these grid axes."""
+    return pltpu.CompilerParams(dimension_semantics=semantics, vmem_limit_bytes=vmem, disable_bounds_checks=True)  # pyright: ignore
 
 
 def _cost(arrays, products: int) -> pl.CostEstimate:

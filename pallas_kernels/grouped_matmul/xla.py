@@ -10,8 +10,8 @@ from pallas_kernels.compat import dot_operand
 from pallas_kernels.grouped_matmul import tile
 
 
-def _for_each_group(tiles: jax.Array, body, init):
-    """Fold body(group, first_tile, end_tile, carry) over the groups that have tiles."""
+def for_each_group(tiles: jax.Array, body, init):
+    """Return the fold of body(group, first_tile, end_tile, carry) over the groups that have tiles."""
     end = jnp.cumsum(tiles)
     order = jnp.argsort(tiles == 0, stable=True)
     return lax.fori_loop(0, (tiles > 0).sum(), lambda i, carry: body(order[i], end[order[i]] - tiles[order[i]], end[order[i]], carry), init)
@@ -34,7 +34,7 @@ def _products(x, w, tiles, row_tile, contract):
         return lax.fori_loop(first, end, one, out)
 
     # What is written is of an operand's dtype: XLA:CPU converts a whole bf16 array to update a slice of it.
-    return _for_each_group(tiles, group, dot_operand(jnp.zeros((x.shape[0], w.shape[2 - contract]), x.dtype))).astype(x.dtype)
+    return for_each_group(tiles, group, dot_operand(jnp.zeros((x.shape[0], w.shape[2 - contract]), x.dtype))).astype(x.dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -57,7 +57,7 @@ def _backward(row_tile, residuals, dy):
         total = lax.fori_loop(first, end, one, jnp.zeros(w.shape[1:], jnp.float32))
         return lax.dynamic_update_index_in_dim(dw, total.astype(w.dtype), index, 0)
 
-    return _products(dy, w, tiles, row_tile, 1), _for_each_group(tiles, group, jnp.zeros_like(w)), None
+    return _products(dy, w, tiles, row_tile, 1), for_each_group(tiles, group, jnp.zeros_like(w)), None
 
 
 _grouped.defvjp(_forward, _backward)
