@@ -66,7 +66,10 @@ COMPILE_SIZES = {
 }
 """Terms and columns of the released models' experts, of which there are 256; a token has 8."""
 TARGETS = {"pallas_tpu": ("v5e", "v5p", "v6e"), "pallas_gpu": ("h200",)}
-_EXPERTS, _ACTIVE, _ROW_TILE = 256, 8, 16
+EXPERTS, ACTIVE, ROW_TILE = 256, 8, 16
+BENCH_GPU_CASES = {f"{name} {num}": Case(num, ACTIVE, *size, EXPERTS) for name, size in COMPILE_SIZES.items() for num in (8192, 64)} | {
+    f"mini gate_up 8192 {routing}": Case(8192, ACTIVE, *COMPILE_SIZES["mini gate_up"], EXPERTS, routing) for routing in ("skewed", "one")
+}
 
 
 def compile_cases() -> Iterator[CompileCase]:
@@ -89,8 +92,8 @@ def _compile_combine(num: int, quick: bool) -> CompileCase:
     """The way back of so many tokens of the larger model, and its gradient."""
     from pallas_kernels.grouped_matmul.api import Groups, combine_groups
 
-    width, assigned = 4096, num * _ACTIVE
-    num_rows = _num_rows(assigned)
+    width, assigned = 4096, num * ACTIVE
+    num_rows = allotted_rows(assigned)
     integers = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
     op = functools.partial(combine_groups, aligned=True, implementation="pallas_gpu")
 
@@ -105,20 +108,20 @@ def _compile_combine(num: int, quick: bool) -> CompileCase:
         program=program,
         arguments=(
             jax.ShapeDtypeStruct((num_rows, width), jnp.bfloat16),
-            Groups(integers((num_rows,)), integers((assigned,)), integers((_EXPERTS,))),
-            jax.ShapeDtypeStruct((num, _ACTIVE), jnp.float32),
+            Groups(integers((num_rows,)), integers((assigned,)), integers((EXPERTS,))),
+            jax.ShapeDtypeStruct((num, ACTIVE), jnp.float32),
             jax.ShapeDtypeStruct((num, width), jnp.bfloat16),
         ),
-        bytes=2 * width * (num * (_ACTIVE + 1) + num + 2 * num_rows),
+        bytes=2 * width * (num * (ACTIVE + 1) + num + 2 * num_rows),
         flops=4 * assigned * width,
         floor_ratio=1.3 if num > 64 else None,
         quick=quick,
     )
 
 
-def _num_rows(assigned: int) -> int:
-    """The rows that `group_rows` allots."""
-    return min(assigned, assigned // _ROW_TILE + _EXPERTS) * _ROW_TILE
+def allotted_rows(assigned: int) -> int:
+    """Return the rows that `group_rows` allots."""
+    return min(assigned, assigned // ROW_TILE + EXPERTS) * ROW_TILE
 
 
 def _compile(kernel: str, name: str, num: int, implementation: str, quick: bool = False) -> CompileCase:
@@ -126,14 +129,14 @@ def _compile(kernel: str, name: str, num: int, implementation: str, quick: bool 
     from pallas_kernels.grouped_matmul.api import Groups, gather_grouped_matmul, grouped_matmul
 
     terms, columns = COMPILE_SIZES[name]
-    assigned = num * _ACTIVE
-    num_rows = _num_rows(assigned)
+    assigned = num * ACTIVE
+    num_rows = allotted_rows(assigned)
     array = lambda *shape, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(shape, dtype)
     integers = functools.partial(array, dtype=jnp.int32)
-    how = {"row_tile": _ROW_TILE, "implementation": implementation}
-    w, tiles = array(_EXPERTS, terms, columns), integers(_EXPERTS)
+    how = {"row_tile": ROW_TILE, "implementation": implementation}
+    w, tiles = array(EXPERTS, terms, columns), integers(EXPERTS)
     if kernel == "gathered":
-        program = lambda x, w, groups: gather_grouped_matmul(x, w, groups, _ACTIVE, **how)
+        program = lambda x, w, groups: gather_grouped_matmul(x, w, groups, ACTIVE, **how)
         arguments = array(num, terms), w, Groups(integers(num_rows), integers(assigned), tiles)
     elif kernel == "backward":
         product = lambda x, w, tiles: grouped_matmul(x, w, tiles, **how)
@@ -152,7 +155,7 @@ def _compile(kernel: str, name: str, num: int, implementation: str, quick: bool 
         targets=TARGETS[implementation],
         program=program,
         arguments=arguments,
-        bytes=2 * passes * (rows + _EXPERTS * terms * columns),
+        bytes=2 * passes * (rows + EXPERTS * terms * columns),
         flops=2 * passes * assigned * terms * columns,
         floor_ratio=ratios.get(num),
         instruction=r"wgmma\..*m64n256k16" if implementation == "pallas_gpu" else None,

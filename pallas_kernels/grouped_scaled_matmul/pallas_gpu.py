@@ -42,7 +42,7 @@ def _product_kernel(group_ref, start_ref, end_ref, a_ref, a_scales_ref, b_ref, b
         acc, now = carry
         following = scales(jnp.minimum(step + 1, num_steps - 1))
         depth = pl.ds(step * GROUP, GROUP)
-        a = triton.load(a_ref.at[rows, depth], mask=jnp.broadcast_to(here[:, None], (size.rows, GROUP)), other=0)
+        a = triton.load(a_ref.at[rows, depth], mask=jnp.broadcast_to(here[:, None], (size.rows, GROUP)))
         return _step(acc, a, b_ref[group, columns, depth], *now), following
 
     def store(y):
@@ -91,7 +91,7 @@ def _gradient_kernel(first_ref, last_ref, x_ref, x_scales_ref, dy_ref, dy_scales
         following = scales(jnp.minimum(step + 1, num_steps - 1))
         row = step * GROUP + jnp.arange(GROUP)
         own = ((row >= first) & (row < last))[None]
-        load = lambda ref, at: triton.load(ref.at[at, pl.ds(step * GROUP, GROUP)], mask=jnp.broadcast_to(own, (at.size, GROUP)), other=0)
+        load = lambda ref, at: triton.load(ref.at[at, pl.ds(step * GROUP, GROUP)], mask=jnp.broadcast_to(own, (at.size, GROUP)), other=0.0)
         return _step(acc, load(x_ref, across), load(dy_ref, columns), *now), following
 
     carry = jnp.zeros((size.rows, size.columns), jnp.float32), scales(jnp.minimum(begin, num_steps - 1))

@@ -1,6 +1,5 @@
 """The grouped FP8 products for TPUs: `grouped_matmul`'s visits of blocks of rows, values upcast in the kernel before tpu7x."""
 
-
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
