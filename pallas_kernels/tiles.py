@@ -129,21 +129,6 @@ SCALED_MATMUL_GPU = MappingProxyType(
 )
 
 
-class CrossEntropyTpu(NamedTuple):
-    """Rows of a tile, columns of a block of w at most, bytes that two such blocks may take, and bytes of VMEM in all."""
-
-    rows: int
-    columns: int
-    resident: int
-    vmem: int
-
-
-CROSS_ENTROPY_TPU = MappingProxyType(
-    {
-        "v5e": CrossEntropyTpu(128, 1024, 20 * _MIB, 64 * _MIB),
-        "v5p": CrossEntropyTpu(128, 1024, 20 * _MIB, 64 * _MIB),
-        "v6e": CrossEntropyTpu(512, 1024, 40 * _MIB, 96 * _MIB),
-        "cpu": CrossEntropyTpu(128, 256, 20 * _MIB, 64 * _MIB),
 class FlashTpu(NamedTuple):
     """Rows of a tile (positions x query heads of a key head), key heads of a program at most, and its tiles of queries and key blocks a step.
 
@@ -164,6 +149,40 @@ FLASH_TPU = MappingProxyType(
         "v5p": FlashTpu(128, 4, 2, 2, 2, 64 * _MIB),
         "v6e": FlashTpu(128, 4, 2, 2, 1, 64 * _MIB),
         "cpu": FlashTpu(32, 2, 2, 2, 1, 64 * _MIB),
+    }
+)
+
+
+class FlashGpu(NamedTuple):
+    """Rows of a tile (positions x query heads of a key head), a program's warps and its pipeline's stages."""
+
+    rows: int
+    warps: int
+    stages: int
+
+
+FLASH_GPU = MappingProxyType({"h200": FlashGpu(64, 4, 2), "cpu": FlashGpu(32, 4, 1)})
+FLASH_GPU_QUERY = MappingProxyType({"h200": FlashGpu(64, 4, 2), "cpu": FlashGpu(32, 4, 1)})
+FLASH_GPU_KEY_VALUE = MappingProxyType({"h200": FlashGpu(64, 8, 2), "cpu": FlashGpu(32, 4, 1)})
+FLASH_GPU_FP32 = MappingProxyType({"h200": FlashGpu(16, 4, 1)})
+"""Of all passes: whole products of fp32 leave no room for larger tiles."""
+
+
+class CrossEntropyTpu(NamedTuple):
+    """Rows of a tile, columns of a block of w at most, bytes that two such blocks may take, and bytes of VMEM in all."""
+
+    rows: int
+    columns: int
+    resident: int
+    vmem: int
+
+
+CROSS_ENTROPY_TPU = MappingProxyType(
+    {
+        "v5e": CrossEntropyTpu(128, 1024, 20 * _MIB, 64 * _MIB),
+        "v5p": CrossEntropyTpu(128, 1024, 20 * _MIB, 64 * _MIB),
+        "v6e": CrossEntropyTpu(512, 1024, 40 * _MIB, 96 * _MIB),
+        "cpu": CrossEntropyTpu(128, 256, 20 * _MIB, 64 * _MIB),
     }
 )
 
@@ -189,16 +208,102 @@ CROSS_ENTROPY_GPU = MappingProxyType(
 CROSS_ENTROPY_GPU_FP32 = MappingProxyType(
     {"h200": CrossEntropyGpu(64, 128, 32, 4, 3, band=16, lines=8), "cpu": CrossEntropyGpu(16, 128, 16, 4, 1, band=2, lines=16)}
 )
-class FlashGpu(NamedTuple):
-    """Rows of a tile (positions x query heads of a key head), a program's warps and its pipeline's stages."""
+
+
+class GroupedRows(NamedTuple):
+    """Rows of a tile, to which groups are padded: in aligned numerics, and in fast ones at low and at high load."""
+
+    aligned: int
+    smallest: int
+    largest: int
+
+
+GROUPED_ROWS = MappingProxyType({"accelerator": GroupedRows(16, 16, 16), "cpu": GroupedRows(16, 8, 256)})
+"""The kernels cut groups into tiles of their own (below), whatever the padding: here little of it counts. Plain JAX takes these tiles."""
+
+
+class GroupedTpu(NamedTuple):
+    """Rows of a block, columns at most, bytes that two blocks of w may take, the side of a block of dw at most, bytes of VMEM in all."""
 
     rows: int
+    columns: int
+    resident: int
+    gradient: int
+    vmem: int
+
+
+GROUPED_TPU = MappingProxyType(
+    {
+        "v5e": GroupedTpu(128, 1024, 40 * _MIB, 1024, 96 * _MIB),
+        "v5p": GroupedTpu(128, 512, 20 * _MIB, 1024, 48 * _MIB),
+        "v6e": GroupedTpu(256, 1024, 40 * _MIB, 1024, 96 * _MIB),
+        "cpu": GroupedTpu(32, 128, 20 * _MIB, 128, 48 * _MIB),
+    }
+)
+GROUPED_GPU = MappingProxyType({"h200": MatmulGpu(128, 256, 64, 8, 3), "cpu": MatmulGpu(32, 32, 16, 4, 1)})
+GROUPED_GPU_GRADIENT = MappingProxyType({"h200": MatmulGpu(128, 256, 64, 8, 3), "cpu": MatmulGpu(16, 32, 16, 4, 1)})
+"""A block of dw, and the rows that are added at a time."""
+GROUPED_GPU_FP32 = MappingProxyType({"h200": MatmulGpu(64, 128, 32, 4, 3), "cpu": MatmulGpu(16, 16, 16, 4, 1)})
+
+
+class CombineGpu(NamedTuple):
+    """Rows and columns of a program's tile, and its warps."""
+
+    rows: int
+    columns: int
     warps: int
-    stages: int
 
 
-FLASH_GPU = MappingProxyType({"h200": FlashGpu(64, 4, 2), "cpu": FlashGpu(32, 4, 1)})
-FLASH_GPU_QUERY = MappingProxyType({"h200": FlashGpu(64, 4, 2), "cpu": FlashGpu(32, 4, 1)})
-FLASH_GPU_KEY_VALUE = MappingProxyType({"h200": FlashGpu(64, 8, 2), "cpu": FlashGpu(32, 4, 1)})
-FLASH_GPU_FP32 = MappingProxyType({"h200": FlashGpu(16, 4, 1)})
-"""Of all passes: whole products of fp32 leave no room for larger tiles."""
+COMBINE_GPU = MappingProxyType({"h200": CombineGpu(4, 512, 4), "cpu": CombineGpu(16, 32, 4)})
+
+
+class GroupedScaledTpu(NamedTuple):
+    """Rows of a block, columns at most, the side of a block of dw at most (whole groups of 128), bytes of VMEM in all."""
+
+    rows: int
+    columns: int
+    gradient: int
+    vmem: int
+
+
+GROUPED_SCALED_TPU = MappingProxyType(
+    {
+        "v5e": GroupedScaledTpu(128, 512, 1024, 64 * _MIB),
+        "v5p": GroupedScaledTpu(128, 512, 1024, 64 * _MIB),
+        "v6e": GroupedScaledTpu(128, 512, 1024, 64 * _MIB),
+        "cpu": GroupedScaledTpu(128, 128, 128, 64 * _MIB),
+    }
+)
+
+
+class FusedLayersTpu(NamedTuple):
+    """Rows of a grid step at most, bytes of its blocks at most, entries and least rows of a strip's piece, columns of a piece that may be
+    cut anywhere, bytes of VMEM."""
+
+    rows: int
+    block: int
+    entries: int
+    strip: int
+    columns: int
+    vmem: int
+
+
+FUSED_LAYERS_TPU = MappingProxyType(
+    {
+        "v5e": FusedLayersTpu(256, 12 * _MIB, 16384, 16, 1024, 48 * _MIB),
+        "v5p": FusedLayersTpu(256, 12 * _MIB, 16384, 16, 1024, 48 * _MIB),
+        "v6e": FusedLayersTpu(256, 12 * _MIB, 16384, 16, 1024, 48 * _MIB),
+        "cpu": FusedLayersTpu(16, 4 * _MIB, 1024, 8, 128, 32 * _MIB),
+    }
+)
+
+
+class FusedLayersGpu(NamedTuple):
+    """Entries of a piece that a program has at a time, rows it walks if it sums over them, its warps."""
+
+    entries: int
+    rows: int
+    warps: int
+
+
+FUSED_LAYERS_GPU = MappingProxyType({"h200": FusedLayersGpu(4096, 32, 8), "cpu": FusedLayersGpu(128, 8, 4)})

@@ -1,5 +1,25 @@
 """Dropless grouped product: each row of x times the matrix of its group (its expert), in tiles of one size."""
 
-from pallas_kernels.grouped_matmul.api import Groups, gather_groups, group_rows, grouped_matmul, row_tile_for, scatter_groups, take_rows
+from pallas_kernels.grouped_matmul.api import (
+    Groups,
+    combine_groups,
+    gather_grouped_matmul,
+    gather_groups,
+    group_rows,
+    grouped_matmul,
+    row_tile_for,
+    scatter_groups,
+    take_rows,
+)
 
-__all__ = ["Groups", "gather_groups", "group_rows", "grouped_matmul", "row_tile_for", "scatter_groups", "take_rows"]
+__all__ = [
+    "Groups",
+    "combine_groups",
+    "gather_grouped_matmul",
+    "gather_groups",
+    "group_rows",
+    "grouped_matmul",
+    "row_tile_for",
+    "scatter_groups",
+    "take_rows",
+]

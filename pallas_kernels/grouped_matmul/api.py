@@ -1,24 +1,36 @@
-"""The grouped product and the moves of rows around it: their implementations behind one signature.
+"""The grouped product, the weighted sum of its rows and the moves of rows around them: their implementations behind one signature.
 
-groups = group_rows(expert_ids.reshape(-1), num_experts, row_tile)      # where each (token, slot) goes
-rows = gather_groups(x, groups, num_slots)                             # tokens -> rows sorted by expert, in whole tiles
+groups = group_rows(expert_ids.reshape(-1), num_experts, row_tile)                  # where each (token, slot) goes
+rows = gather_grouped_matmul(x, w, groups, num_slots, row_tile=row_tile)            # tokens -> products of rows sorted by expert
 rows = grouped_matmul(rows, w, groups.tiles, row_tile=row_tile)
-slots = scatter_groups(rows, groups)                                   # back to the order of expert_ids
+y = combine_groups(rows, groups, weights)                                           # back to the tokens
 """
 
-import math
 from typing import NamedTuple
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import dispatch
-from pallas_kernels.grouped_matmul import tile, xla
+from pallas_kernels import tiles as tables
+from pallas_kernels.grouped_matmul import pallas_gpu, pallas_tpu, xla
 from pallas_kernels.grouped_matmul.xla import take_rows
 
-__all__ = ["Groups", "gather_groups", "group_rows", "grouped_matmul", "row_tile_for", "scatter_groups", "take_rows"]
+__all__ = [
+    "Groups",
+    "combine_groups",
+    "gather_grouped_matmul",
+    "gather_groups",
+    "group_rows",
+    "grouped_matmul",
+    "row_tile_for",
+    "scatter_groups",
+    "take_rows",
+]
 
-IMPLEMENTATIONS = {"xla": xla.grouped_matmul}
+IMPLEMENTATIONS = {"xla": xla.grouped_matmul, "pallas_tpu": pallas_tpu.grouped_matmul, "pallas_gpu": pallas_gpu.grouped_matmul}
+COMBINE_IMPLEMENTATIONS = {"xla": xla.combine_groups, "pallas_tpu": xla.combine_groups, "pallas_gpu": pallas_gpu.combine_groups}
+"""A TPU moves single rows of a tiled array slowly: what gathers rows is XLA's there."""
 
 
 class Groups(NamedTuple):
@@ -34,15 +46,12 @@ class Groups(NamedTuple):
 
 
 def row_tile_for(num_rows: int, num_groups: int, *, aligned: bool) -> int:
-    """Return the rows of a tile: one size in aligned numerics, else one with little padding for a group's mean load.
-
-    That is a quarter of the load where it is high, and where it is low so many that most groups fill one tile: a group's matrix is
-    fetched once, however many tiles it has.
-    """
+    """Return the rows of a tile: one size in aligned numerics, else about a quarter of a group's mean load, so that little is padding."""
+    sizes = tables.of(tables.GROUPED_ROWS)
     if aligned:
-        return tile.EXPERT_TILE
-    load = num_rows / num_groups
-    return 1 << max(0, math.ceil(math.log2(min(max(load / 4, min(2 * load, tile.SMALL_TILE)), tile.LARGEST_TILE))))
+        return sizes.aligned
+    load = max(1, num_rows // num_groups)
+    return min(max(sizes.smallest, (1 << (load - 1).bit_length()) // 4), sizes.largest)
 
 
 def group_rows(group: Int[Array, " M"], num_groups: int, row_tile: int) -> Groups:
@@ -63,9 +72,13 @@ def group_rows(group: Int[Array, " M"], num_groups: int, row_tile: int) -> Group
 
 def gather_groups(x: Float[Array, "N D"], groups: Groups, num_slots: int) -> Float[Array, "rows D"]:
     """Return the rows of x in their groups' tiles; assignment n * num_slots + a is slot a of row n. Padding rows are zero."""
-    num = x.shape[0]
+    return xla.take_rows(x, *_moves(x.shape[0], groups, num_slots))
+
+
+def _moves(num: int, groups: Groups, num_slots: int) -> tuple[Int[Array, " rows"], Int[Array, "N A"]]:
+    """The token of each row, `num` for padding, and each token's rows."""
     token = jnp.where(groups.source < num * num_slots, groups.source // num_slots, num)
-    return xla.take_rows(x, token, groups.destination.reshape(num, num_slots))
+    return token, groups.destination.reshape(num, num_slots)
 
 
 def scatter_groups(rows: Float[Array, "rows F"], groups: Groups) -> Float[Array, "M F"]:
@@ -81,4 +94,24 @@ def grouped_matmul(
     Rows lie as `group_rows` places them: `tiles[e]` tiles of `row_tile` rows for group e, one group after the other; rows past the
     last tile give zeros. Differentiable in x and w.
     """
-    return dispatch.call("grouped_matmul", IMPLEMENTATIONS, implementation, x, w, tiles, row_tile=row_tile)
+    return dispatch.call("grouped_matmul", IMPLEMENTATIONS, implementation, x, w, tiles, None, row_tile=row_tile)
+
+
+def gather_grouped_matmul(
+    x: Float[Array, "N D"], w: Float[Array, "E D F"], groups: Groups, num_slots: int, *, row_tile: int, implementation: str = "auto"
+) -> Float[Array, "rows F"]:
+    """Return `grouped_matmul(gather_groups(x, groups, num_slots), w, groups.tiles)`; on a GPU without writing the gathered rows."""
+    moves = _moves(x.shape[0], groups, num_slots)
+    return dispatch.call("grouped_matmul", IMPLEMENTATIONS, implementation, x, w, groups.tiles, moves, row_tile=row_tile)
+
+
+def combine_groups(
+    rows: Float[Array, "rows D"], groups: Groups, weights: Float[Array, "N A"], *, aligned: bool = False, implementation: str = "auto"
+) -> Float[Array, "N D"]:
+    """Return each token's rows summed by weight, in the order of its slots, in fp32, cast once.
+
+    Row `groups.destination[n * A + a]` has weight `weights[n, a]`; an assignment of no group adds nothing. With `aligned` products are
+    rounded apart from sums, so a token's bits do not depend on how this is compiled. Differentiable in rows and weights.
+    """
+    arguments = rows, weights, groups.destination.reshape(weights.shape), groups.source
+    return dispatch.call("combine_groups", COMBINE_IMPLEMENTATIONS, implementation, *arguments, aligned=aligned)

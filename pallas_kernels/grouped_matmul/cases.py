@@ -1,11 +1,15 @@
 """Named shapes of the grouped product, shared by the tests and the benchmark."""
 
+import functools
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
+
+from pallas_kernels.aot.case import CompileCase
 
 
 class Case(NamedTuple):
@@ -20,16 +24,8 @@ class Case(NamedTuple):
     """Or "skewed" (half of the rows to one expert), "one" (all to one), "empty" (half of the experts), "some" (a third to none), "none"."""
 
 
-TEST_CASES = {
-    "one_row": Case(1, 1, 16, 24, 4),
-    "uniform": Case(100, 2, 16, 24, 8),
-    "skewed": Case(77, 3, 16, 24, 8, "skewed"),
-    "one_expert": Case(65, 1, 16, 24, 8, "one"),
-    "empty_experts": Case(64, 2, 16, 24, 16, "empty"),
-    "some_rows_to_none": Case(50, 2, 16, 24, 8, "some"),
-    "all_rows_to_none": Case(5, 2, 16, 24, 4, "none"),
-    "more_experts_than_rows": Case(3, 2, 16, 24, 64),
-}
+ROUTINGS = ("uniform", "skewed", "one", "empty", "some", "none")
+TEST_CASES = {"more_experts_than_rows": Case(1, 2, 16, 24, 64)} | {routing: Case(77, 3, 48, 40, 8, routing) for routing in ROUTINGS}
 
 BENCH_CASES = {f"N{num}": Case(num, 4, 512, 256, 32) for num in (1, 16, 64, 1024, 4096)} | {
     "N4096_skewed": Case(4096, 4, 512, 256, 32, "skewed"),
@@ -60,3 +56,107 @@ def inputs(case: Case, dtype: DTypeLike, seed: int = 0) -> tuple[jax.Array, jax.
     x = jnp.asarray(rng.standard_normal((case.N, case.D)), dtype)
     w = jnp.asarray(rng.standard_normal((case.E, case.D, case.F)) * case.D**-0.5, dtype)
     return x, w, jnp.asarray(experts(case, seed))
+
+
+COMPILE_SIZES = {
+    "mini gate_up": (2048, 1024),
+    "mini down": (512, 2048),
+    "flash gate_up": (4096, 2048),
+    "flash down": (1024, 4096),
+}
+"""Terms and columns of the released models' experts, of which there are 256; a token has 8."""
+TARGETS = {"pallas_tpu": ("v5e", "v5p", "v6e"), "pallas_gpu": ("h200",)}
+EXPERTS, ACTIVE, ROW_TILE = 256, 8, 16
+BENCH_GPU_CASES = {f"{name} {num}": Case(num, ACTIVE, *size, EXPERTS) for name, size in COMPILE_SIZES.items() for num in (8192, 64)} | {
+    f"mini gate_up 8192 {routing}": Case(8192, ACTIVE, *COMPILE_SIZES["mini gate_up"], EXPERTS, routing) for routing in ("skewed", "one")
+}
+
+
+def compile_cases() -> Iterator[CompileCase]:
+    """Yield what the compile gates compile: training and decoding, with the gather of tokens where it is fused, and the gradients."""
+    for name in COMPILE_SIZES:
+        for num in (8192, 64):
+            yield _compile("forward", name, num, "pallas_gpu", quick=(name, num) == ("mini down", 64))
+    for name in ("mini gate_up", "flash gate_up"):
+        yield _compile("gathered", name, 8192, "pallas_gpu", quick=name.startswith("mini"))
+        yield _compile("backward", name, 8192, "pallas_gpu")
+    # A TPU's kernel is the same for any number of rows, and takes its compiler longer.
+    for name, num in (("mini gate_up", 64), ("mini down", 64), ("flash gate_up", 8192), ("flash down", 64)):
+        yield _compile("forward", name, num, "pallas_tpu", quick=name == "mini down")
+    yield _compile("backward", "mini gate_up", 8192, "pallas_tpu")
+    for num in (8192, 64):
+        yield _compile_combine(num)
+
+
+def _compile_combine(num: int) -> CompileCase:
+    """The way back of so many tokens of the larger model, and its gradient."""
+    from pallas_kernels.grouped_matmul.api import Groups, combine_groups
+
+    width, assigned = 4096, num * ACTIVE
+    num_rows = allotted_rows(assigned)
+    integers = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
+    op = functools.partial(combine_groups, aligned=True, implementation="pallas_gpu")
+
+    def program(rows, groups, weights, dy):
+        y, pull_back = jax.vjp(lambda rows, weights: op(rows, groups, weights), rows, weights)
+        return y, pull_back(dy)
+
+    return CompileCase(
+        kernel="grouped_matmul.combine",
+        shape=f"flash {num}",
+        targets=("h200",),
+        program=program,
+        arguments=(
+            jax.ShapeDtypeStruct((num_rows, width), jnp.bfloat16),
+            Groups(integers((num_rows,)), integers((assigned,)), integers((EXPERTS,))),
+            jax.ShapeDtypeStruct((num, ACTIVE), jnp.float32),
+            jax.ShapeDtypeStruct((num, width), jnp.bfloat16),
+        ),
+        bytes=2 * width * (num * (ACTIVE + 1) + num + 2 * num_rows),
+        flops=4 * assigned * width,
+        floor_ratio=1.35 if num > 64 else None,
+    )
+
+
+def allotted_rows(assigned: int) -> int:
+    """Return the rows that `group_rows` allots."""
+    return min(assigned, assigned // ROW_TILE + EXPERTS) * ROW_TILE
+
+
+def _compile(kernel: str, name: str, num: int, implementation: str, quick: bool = False) -> CompileCase:
+    """A product of so many tokens' rows, each token with 8 of 256 experts."""
+    from pallas_kernels.grouped_matmul.api import Groups, gather_grouped_matmul, grouped_matmul
+
+    terms, columns = COMPILE_SIZES[name]
+    assigned = num * ACTIVE
+    num_rows = allotted_rows(assigned)
+    array = lambda *shape, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(shape, dtype)
+    integers = functools.partial(array, dtype=jnp.int32)
+    how = {"row_tile": ROW_TILE, "implementation": implementation}
+    w, tiles = array(EXPERTS, terms, columns), integers(EXPERTS)
+    if kernel == "gathered":
+        program = lambda x, w, groups: gather_grouped_matmul(x, w, groups, ACTIVE, **how)
+        arguments = array(num, terms), w, Groups(integers(num_rows), integers(assigned), tiles)
+    elif kernel == "backward":
+        product = lambda x, w, tiles: grouped_matmul(x, w, tiles, **how)
+        program = lambda x, w, tiles, dy: jax.vjp(lambda x, w: product(x, w, tiles), x, w)[1](dy)
+        arguments = array(num_rows, terms), w, tiles, array(num_rows, columns)
+    else:
+        program = lambda x, w, tiles: grouped_matmul(x, w, tiles, **how)
+        arguments = array(num_rows, terms), w, tiles
+    passes = 2 if kernel == "backward" else 1
+    rows = (num if kernel == "gathered" else assigned) * terms + assigned * columns
+    # The estimates count every step of the list, also those that have nothing to do; a TPU's, that each step fetches its blocks.
+    ratios = {"pallas_tpu": {64: 1.9}, "pallas_gpu": {64: 1.5, 8192: 2.5}}[implementation]
+    return CompileCase(
+        kernel=f"grouped_matmul.{kernel}",
+        shape=f"{name} {num}",
+        targets=TARGETS[implementation],
+        program=program,
+        arguments=arguments,
+        bytes=2 * passes * (rows + EXPERTS * terms * columns),
+        flops=2 * passes * assigned * terms * columns,
+        floor_ratio=ratios.get(num),
+        instruction=r"wgmma\..*m64n256k16" if implementation == "pallas_gpu" else None,
+        quick=quick,
+    )

@@ -1,15 +1,40 @@
-"""The product of one tile of rows of one group."""
+"""The products of one tile of rows of one group, and one tile of the weighted sum over a token's slots."""
+
+import functools
+from collections.abc import Callable, Sequence
 
 import jax
+import jax.numpy as jnp
 
 from pallas_kernels.compat import dot_general
 
-EXPERT_TILE = 12
-"""Rows of a tile in aligned numerics, whatever the load; a decode step pays for this many a chosen expert."""
-SMALL_TILE, LARGEST_TILE = 8, 256
-"""Rows of a tile in fast numerics, at most, at low and at high load."""
+
+def dot(a: jax.Array, b: jax.Array, axes: tuple[int, int], acc: jax.Array | None = None) -> jax.Array:
+    """Return the fp32 product of a and b over axis axes[0] of a and axes[1] of b, added to `acc`."""
+    y = dot_general(a, b, ((axes[0],), (axes[1],)))
+    return y if acc is None else acc + y
 
 
-def product(x: jax.Array, w: jax.Array) -> jax.Array:
-    """Return the fp32 product [R, F] of a tile of rows x [R, D] and their group's matrix w [D, F]."""
-    return dot_general(x, w, ((1,), (0,)))
+def product(x: jax.Array, w: jax.Array, contract: int = 0, acc: jax.Array | None = None, dot: Callable = dot) -> jax.Array:
+    """Return the fp32 product [R, F] of a tile of rows x [R, D] and their group's matrix w [D, F]; `contract` 1: of x [R, F] and w^T."""
+    return dot(x, w, (1, contract), acc)
+
+
+def weight_gradient(x: jax.Array, dy: jax.Array, acc: jax.Array | None = None, dot: Callable = dot) -> jax.Array:
+    """Return x^T dy [D, F] of a tile of rows in fp32: its group's matrix gets the sum over the group's tiles."""
+    return dot(x, dy, (0, 0), acc)
+
+
+def weighted(rows: jax.Array, weights: jax.Array, aligned: bool = True) -> jax.Array:
+    """Return weights times rows in fp32; aligned, products that no compiler contracts with a sum into a multiply-add.
+
+    Each is rounded once, so no two programs can differ and no tiles are needed. The choice keeps them apart; its second branch is what
+    it replaces (inf or NaN), which no compiler knows.
+    """
+    y = weights * rows.astype(jnp.float32)
+    return jnp.where(jnp.isfinite(y), y, 2 * y) if aligned else y
+
+
+def combine(slots: Sequence[jax.Array], weights: Sequence[jax.Array], aligned: bool = True) -> jax.Array:
+    """Return the sum of a token's slots [.., D] by their weights [.., 1] in fp32, in the order of the slots."""
+    return functools.reduce(jnp.add, [weighted(rows, weight, aligned) for rows, weight in zip(slots, weights, strict=True)])

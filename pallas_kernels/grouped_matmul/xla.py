@@ -6,11 +6,12 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.compat import dot_general, dot_operand
+from pallas_kernels.compat import dot_operand
+from pallas_kernels.grouped_matmul import tile
 
 
-def _for_each_group(tiles: jax.Array, body, init):
-    """Fold body(group, first_tile, end_tile, carry) over the groups that have tiles."""
+def for_each_group(tiles: jax.Array, body, init):
+    """Return the fold of body(group, first_tile, end_tile, carry) over the groups that have tiles."""
     end = jnp.cumsum(tiles)
     order = jnp.argsort(tiles == 0, stable=True)
     return lax.fori_loop(0, (tiles > 0).sum(), lambda i, carry: body(order[i], end[order[i]] - tiles[order[i]], end[order[i]], carry), init)
@@ -27,13 +28,13 @@ def _products(x, w, tiles, row_tile, contract):
         matrix = lax.dynamic_index_in_dim(w, index, keepdims=False)
 
         def one(t, out):
-            y = dot_general(_rows(x, t, row_tile), matrix, ((1,), (contract,)))
+            y = tile.product(_rows(x, t, row_tile), matrix, contract)
             return lax.dynamic_update_slice_in_dim(out, dot_operand(y.astype(x.dtype)), t * row_tile, 0)
 
         return lax.fori_loop(first, end, one, out)
 
     # What is written is of an operand's dtype: XLA:CPU converts a whole bf16 array to update a slice of it.
-    return _for_each_group(tiles, group, dot_operand(jnp.zeros((x.shape[0], w.shape[2 - contract]), x.dtype))).astype(x.dtype)
+    return for_each_group(tiles, group, dot_operand(jnp.zeros((x.shape[0], w.shape[2 - contract]), x.dtype))).astype(x.dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -51,19 +52,20 @@ def _backward(row_tile, residuals, dy):
 
     def group(index, first, end, dw):
         def one(t, total):
-            return total + dot_general(_rows(x, t, row_tile), _rows(dy, t, row_tile), ((0,), (0,)))
+            return tile.weight_gradient(_rows(x, t, row_tile), _rows(dy, t, row_tile), total)
 
         total = lax.fori_loop(first, end, one, jnp.zeros(w.shape[1:], jnp.float32))
         return lax.dynamic_update_index_in_dim(dw, total.astype(w.dtype), index, 0)
 
-    return _products(dy, w, tiles, row_tile, 1), _for_each_group(tiles, group, jnp.zeros_like(w)), None
+    return _products(dy, w, tiles, row_tile, 1), for_each_group(tiles, group, jnp.zeros_like(w)), None
 
 
 _grouped.defvjp(_forward, _backward)
 
 
-def grouped_matmul(x, w, tiles, *, row_tile):
-    """See `api.grouped_matmul`."""
+def grouped_matmul(x, w, tiles, moves, *, row_tile):
+    """See `api.grouped_matmul`; with `moves` (token [rows], destination [N, A]) the rows are those of x [N, D] that `token` names."""
+    x = x if moves is None else take_rows(x, *moves)
     return _grouped(x, w, tiles, row_tile)
 
 
@@ -78,9 +80,42 @@ def _take_forward(x, index, inverse):
 
 
 def _take_backward(inverse, dy):
-    """A gather as well: no scatter-add, whose order would not be fixed."""
-    parts = [jnp.take(dy, inverse[:, a], axis=0, mode="fill", fill_value=0).astype(jnp.float32) for a in range(inverse.shape[1])]
-    return functools.reduce(jnp.add, parts).astype(dy.dtype), None, None
+    return sum_rows(dy, inverse), None, None
 
 
 take_rows.defvjp(_take_forward, _take_backward)
+
+
+def sum_rows(rows: jax.Array, index: jax.Array) -> jax.Array:
+    """Return the fp32 sum over a of rows[index[:, a]], cast once: a gather as well, no scatter-add, whose order would not be fixed."""
+    return functools.reduce(jnp.add, [part.astype(jnp.float32) for part in _slots(rows, index)]).astype(rows.dtype)
+
+
+def _slots(rows: jax.Array, index: jax.Array) -> list[jax.Array]:
+    """The rows [N, D] of each slot of index [N, A], zeros where it is out of range."""
+    return [jnp.take(rows, index[:, a], axis=0, mode="fill", fill_value=0) for a in range(index.shape[1])]
+
+
+def combine_groups(rows, weights, destination, source, *, aligned):
+    """See `api.combine_groups`."""
+    num_slots = weights.shape[1]
+
+    @jax.custom_vjp
+    def run(rows, weights, destination, source):
+        slots = _slots(rows, destination)
+        return tile.combine(slots, [weights[:, a, None] for a in range(num_slots)], aligned).astype(rows.dtype)
+
+    def forward(rows, weights, destination, source):
+        return run(rows, weights, destination, source), (rows, weights, destination, source)
+
+    def backward(residuals, dy):
+        rows, weights, destination, source = residuals
+        token = source // num_slots  # out of range for padding
+        weight = jnp.take(weights.reshape(-1), source, mode="fill", fill_value=0)[:, None]
+        d_rows = tile.weighted(jnp.take(dy, token, axis=0, mode="fill", fill_value=0), weight, aligned).astype(rows.dtype)
+        wide = dy.astype(jnp.float32)
+        d_weights = jnp.stack([(wide * slot.astype(jnp.float32)).sum(-1) for slot in _slots(rows, destination)], axis=1)
+        return d_rows, d_weights.astype(weights.dtype), None, None
+
+    run.defvjp(forward, backward)
+    return run(rows, weights, destination, source)

@@ -1,6 +1,7 @@
 """The grouped product: right in value and gradient for any load of the experts, and rows that do not see their neighbours."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -9,89 +10,194 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pallas_kernels.grouped_matmul import gather_groups, group_rows, grouped_matmul, reference, row_tile_for, scatter_groups
+from pallas_kernels import compat
+from pallas_kernels.grouped_matmul import (
+    combine_groups,
+    gather_grouped_matmul,
+    gather_groups,
+    group_rows,
+    grouped_matmul,
+    reference,
+    row_tile_for,
+    scatter_groups,
+)
+from pallas_kernels.grouped_matmul.api import IMPLEMENTATIONS
 from pallas_kernels.grouped_matmul.cases import TEST_CASES, Case, inputs
-from tests.pallas_kernels.programs import DTYPES, in_float64, jit, random_like, with_gradients
+from tests.pallas_kernels.programs import DTYPES, ON_GPU, in_float64, jit, random_like, with_gradients
 from tests.pallas_kernels.tolerances import assert_close, assert_same_bits
 
-
-def by_expert(x, w, experts, aligned):
-    """Return each slot's product [N * A, F] by way of the groups' tiles."""
-    num_slots = experts.shape[1]
-    row_tile = row_tile_for(experts.size, w.shape[0], aligned=aligned)
-    groups = group_rows(experts.reshape(-1), w.shape[0], row_tile)
-    rows = grouped_matmul(gather_groups(x, groups, num_slots), w, groups.tiles, row_tile=row_tile)
-    return scatter_groups(rows, groups)
+KERNELS = ("pallas_tpu", "pallas_gpu")
+native = pytest.param("pallas_gpu", marks=ON_GPU, id="native")
+every_implementation = pytest.mark.parametrize("implementation", [*IMPLEMENTATIONS, native])
+RELEASED = {"released": Case(300, 8, 2048, 1024, 32), "released_skewed": Case(300, 8, 512, 2048, 32, "skewed")}
 
 
-def directly(x, w, experts):
+def ffn(x, w, weights, experts, *, implementation, aligned=True):
+    """Return each slot's product [N * A, F] by way of the groups' tiles, and each token's weighted sum, gathered in the product."""
+    num_slots, num_experts = experts.shape[1], w.shape[0]
+    how = {"row_tile": row_tile_for(experts.size, num_experts, aligned=aligned), "implementation": implementation}
+    groups = group_rows(experts.reshape(-1), num_experts, how["row_tile"])
+    slots = scatter_groups(grouped_matmul(gather_groups(x, groups, num_slots), w, groups.tiles, **how), groups)
+    rows = gather_grouped_matmul(x, w, groups, num_slots, **how)
+    return slots, combine_groups(rows, groups, weights, aligned=aligned, implementation=implementation)
+
+
+def directly(x, w, weights, experts):
     """Return the same from the reference."""
-    return reference.grouped_matmul(jnp.repeat(x, experts.shape[1], 0), w, experts.reshape(-1))
+    slots = reference.grouped_matmul(jnp.repeat(x, experts.shape[1], 0), w, experts.reshape(-1))
+    return slots, reference.combine(slots.reshape(*experts.shape, -1), weights)
 
 
-def truth(differentiable, experts, cotangent):
-    """Return the reference's value and gradients."""
-    return with_gradients(lambda x, w: directly(x, w, experts))(differentiable, cotangent)
+@functools.cache
+def program(implementation, aligned=True, gradients=True):
+    """Return the compiled function ((x, w, weights), experts, cotangents) -> (results, gradients), or of results alone."""
+    f = functools.partial(ffn, implementation=implementation, aligned=aligned)
+    if not gradients:
+        return jit(f)
+    return jit(lambda arguments, experts, cotangents: with_gradients(lambda *a: f(*a, experts))(arguments, cotangents))
 
 
-aligned_program = jit(functools.partial(by_expert, aligned=True))
+def truth(arguments, experts, cotangents):
+    """Return the reference's values and gradients."""
+    return with_gradients(lambda *a: directly(*a, experts))(arguments, cotangents)
 
 
-@pytest.mark.parametrize("aligned", [False, True])
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", TEST_CASES)
-def test_value_and_gradients(name, dtype, aligned):
-    dtype = DTYPES[dtype]
-    x, w, experts = inputs(TEST_CASES[name], dtype)
-    f = lambda x, w: by_expert(x, w, experts, aligned)
-    cotangent = random_like(jax.eval_shape(f, x, w))
-    out, (dx, dw) = jit(with_gradients(f))((x, w), cotangent)
-    assert out.dtype == dtype
-    assert_close((out, (dx, dw)), in_float64(truth, (x, w), experts, cotangent), dtype)
-    unused = np.setdiff1d(np.arange(w.shape[0]), experts)
-    assert not np.asarray(dw)[unused].any()
-    assert not np.asarray(out)[np.asarray(experts).reshape(-1) >= w.shape[0]].any()
+def arguments_of(case, dtype, seed=0):
+    """Return (x, w, weights), the experts and cotangents of the results."""
+    x, w, experts = inputs(case, dtype, seed)
+    arguments = x, w, jnp.asarray(np.random.default_rng(seed).random(experts.shape), jnp.float32)
+    results = [jax.ShapeDtypeStruct((num, case.F), dtype) for num in (case.N * case.A, case.N)]
+    return arguments, experts, random_like(tuple(results))
+
+
+FP32 = [(*pair, "fp32") for pair in itertools.product(["xla fast", *IMPLEMENTATIONS], TEST_CASES)]
+BF16 = [(implementation, name, "bf16") for implementation in ("xla", *KERNELS) for name in ("skewed", "some")]
+NATIVE = [
+    pytest.param("pallas_gpu", name, dtype, marks=ON_GPU, id=f"native-{name}-{dtype}") for name in TEST_CASES | RELEASED for dtype in DTYPES
+]
+
+
+@pytest.mark.parametrize(("implementation", "name", "dtype"), FP32 + BF16 + NATIVE)
+def test_value_and_gradients(name, dtype, implementation):
+    """Of an interpreted kernel, too: what it does not write, or reads from behind an array, is NaN there."""
+    case, dtype = (TEST_CASES | RELEASED)[name], DTYPES[dtype]
+    run = program(implementation.removesuffix(" fast"), aligned=implementation != "xla fast")
+    arguments, experts, cotangents = arguments_of(case, dtype)
+    out, gradients = run(arguments, experts, cotangents)
+    assert out[0].dtype == out[1].dtype == dtype
+    expected = in_float64(truth, arguments, experts, cotangents)
+    if dtype == jnp.bfloat16:  # what is rounded on the way costs as much as what is rounded at the end
+        (slots, y), (dx, dw, d_weights) = out, gradients
+        slots_truth, y_truth = expected[0]
+        assert_close(slots, slots_truth, dtype)
+        for one, other in zip((y, dx, dw, d_weights), (y_truth, *expected[1]), strict=True):
+            assert_close(one.astype(dtype), other, dtype)
+    else:
+        assert_close((out, gradients), expected, dtype)
+    unused = np.setdiff1d(np.arange(case.E), experts)
+    assert not np.asarray(gradients[1])[unused].any()
+    nowhere = np.asarray(experts) >= case.E
+    assert not np.asarray(out[0])[nowhere.reshape(-1)].any()
+    assert not np.asarray(gradients[2])[nowhere].any()
 
 
 def test_row_tiles_follow_the_load_unless_aligned():
     sizes = {row_tile_for(num, 8, aligned=True) for num in (1, 100, 10**6)}
     assert len(sizes) == 1
-    assert [row_tile_for(num, 8, aligned=False) for num in (1, 8, 200, 1024, 10**6)] == [1, 2, 8, 32, 256]
+    assert [row_tile_for(num, 8, aligned=False) for num in (1, 8, 200, 1024, 10**6)] == [8, 8, 8, 32, 256]
+    for kind in ("v5p", "h200"):  # kernels cut tiles of their own
+        with compat.compiling_for(kind):
+            assert {row_tile_for(num, 8, aligned=aligned) for num in (1, 10**6) for aligned in (False, True)} == {16}
 
 
+@every_implementation
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_rows_do_not_depend_on_their_neighbours(dtype):
+def test_rows_do_not_depend_on_their_neighbours(dtype, implementation):
     """The same rows with the same experts: alone, in part, and under every routing of the others."""
-    x, w, experts = inputs(Case(90, 3, 48, 40, 8), DTYPES[dtype])
-    everything = np.asarray(aligned_program(x, w, experts)).reshape(90, 3, 40)
+    (x, w, weights), experts, _ = arguments_of(Case(90, 3, 48, 40, 8), DTYPES[dtype])
+    run = program(implementation, gradients=False)
+    by_token = lambda x, weights, experts: [part.reshape(len(x), -1) for part in run(x, w, weights, experts)]
+    everything = by_token(x, weights, experts)
     for num in (1, 17):
-        assert_same_bits(aligned_program(x[-num:], w, experts[-num:]).reshape(num, 3, 40), everything[-num:])
+        assert_same_bits(by_token(x[-num:], weights[-num:], experts[-num:]), [part[-num:] for part in everything])
     for others in (0, 7, 8):  # the others all to the first expert, to the last, to none
-        routed = experts.at[10:].set(others)
-        assert_same_bits(aligned_program(x, w, routed).reshape(90, 3, 40)[:10], everything[:10])
+        routed = by_token(x, weights, experts.at[10:].set(others))
+        assert_same_bits([part[:10] for part in routed], [part[:10] for part in everything])
     order = np.random.default_rng(1).permutation(90)
-    assert_same_bits(aligned_program(x[order], w, experts[order]).reshape(90, 3, 40), everything[order])
+    assert_same_bits(by_token(x[order], weights[order], experts[order]), [part[order] for part in everything])
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_finite_garbage_in_padding_rows_changes_nothing(dtype):
-    x, w, experts = inputs(TEST_CASES["skewed"], DTYPES[dtype])
+@every_implementation
+def test_finite_garbage_in_padding_rows_changes_nothing(implementation):
+    (x, w, _), experts, _ = arguments_of(TEST_CASES["skewed"], jnp.float32)
     groups = group_rows(experts.reshape(-1), 8, 16)
     rows = gather_groups(x, groups, experts.shape[1])
     padding = (groups.source == experts.size)[:, None]
-    product = jit(functools.partial(grouped_matmul, row_tile=16))
+    product = jit(functools.partial(grouped_matmul, row_tile=16, implementation=implementation))
     clean, dirty = (scatter_groups(product(r, w, groups.tiles), groups) for r in (rows, jnp.where(padding, 1e3, rows)))
     assert_same_bits(dirty, clean)
     beyond = int(groups.tiles.sum()) * 16
     assert not product(rows, w, groups.tiles)[beyond:].any()
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_the_forward_has_the_same_bits_under_a_gradient(dtype):
-    x, w, experts = inputs(TEST_CASES["skewed"], DTYPES[dtype])
-    out = aligned_program(x, w, experts)
-    f = lambda x, w: by_expert(x, w, experts, True)
-    assert_same_bits(jit(with_gradients(f))((x, w), random_like(out))[0], out)
+@every_implementation
+def test_the_forward_has_the_same_bits_under_a_gradient(implementation):
+    arguments, experts, cotangents = arguments_of(TEST_CASES["skewed"], jnp.float32)
+    assert_same_bits(
+        program(implementation)(arguments, experts, cotangents)[0], program(implementation, gradients=False)(*arguments, experts)
+    )
+
+
+@every_implementation
+def test_gathered_rows_and_combined_slots_have_the_bits_of_the_moves(implementation):
+    """The fused gather has the bits of the plain one, and the weighted sum rounds every product and every sum, in order."""
+    (x, w, weights), experts, _ = arguments_of(Case(90, 3, 48, 40, 8, "some"), jnp.float32)
+    slots, y = program(implementation, gradients=False)(x, w, weights, experts)
+    first, *others = (np.asarray(weights)[:, a, None] * np.asarray(slots).reshape(90, 3, -1)[:, a] for a in range(3))
+    assert_same_bits(y, functools.reduce(np.add, others, first))
+
+
+@pytest.mark.parametrize("implementation", KERNELS)
+@settings(deadline=None, max_examples=15)
+@given(data=st.data(), seed=st.integers(0, 2**32 - 1))
+def test_any_routing(data, seed, implementation):
+    """Small whole numbers: every sum is exact, whatever its order, so not one row may be missing, or counted for two experts."""
+    experts = np.array(data.draw(st.lists(st.integers(0, 5), min_size=44, max_size=44)), np.int32).reshape(22, 2)
+    rng = np.random.default_rng(seed)
+    x, w, weights = (rng.integers(-3, 4, shape).astype(np.float32) for shape in ((22, 40), (5, 40, 24), (22, 2)))
+    cotangents = tuple(rng.integers(-2, 3, shape).astype(np.float32) for shape in ((44, 24), (22, 24)))
+    actual = program(implementation)((x, w, weights), experts, cotangents)
+    for one, other in zip(jax.tree.leaves(actual), jax.tree.leaves(exact((x, w, weights), experts, cotangents)), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+exact = jax.jit(truth)
+
+
+@pytest.mark.parametrize("kind", ["v5e", "v5p", "v6e", "h200"])
+def test_one_tile_for_any_number_of_rows(kind):
+    """The kernel multiplies the same shapes for 1 and 8192 tokens: only the list of its tiles is longer."""
+
+    def products(num):
+        arguments = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((num * 16, 2048), (256, 2048, 1024)))
+        with compat.compiling_for(kind):
+            program = lambda x, w, tiles: grouped_matmul(x, w, tiles, row_tile=16)
+            jaxpr = jax.make_jaxpr(program)(*arguments, jax.ShapeDtypeStruct((256,), jnp.int32))
+        (call,) = (e for e in compat.equations(jaxpr) if e.primitive.name == "pallas_call")
+        assert not call.params["interpret"]
+        dots = (e for e in compat.equations(call.params["jaxpr"]) if e.primitive.name in ("dot_general", "accumulating_dot"))
+        return [[x.aval.shape for x in (*e.invars, *e.outvars)] for e in dots]
+
+    assert products(1) == products(64) == products(8192) != []
+
+
+def test_refusals():
+    x, w, tiles = jnp.ones((16, 1 << 20), jnp.bfloat16), jnp.ones((1, 1 << 20, 8), jnp.bfloat16), jnp.ones(1, jnp.int32)
+    with pytest.raises(NotImplementedError, match="128 columns of 1048576 terms do not fit in VMEM twice"):
+        jax.eval_shape(functools.partial(grouped_matmul, row_tile=16, implementation="pallas_tpu"), x, w, tiles)
+    for name in KERNELS:
+        with pytest.raises(NotImplementedError, match="the operands are float16 and float32"):
+            grouped_matmul(jnp.ones((16, 8), jnp.float16), jnp.ones((1, 8, 8)), tiles, row_tile=16, implementation=name)
 
 
 grouped = {tile: jax.jit(functools.partial(group_rows, num_groups=5, row_tile=tile)) for tile in (1, 16)}

@@ -1,0 +1,239 @@
+"""The grouped product for GPUs (Pallas with the Triton lowering): a program computes a tile of some rows of one group.
+
+A group's rows are cut into tiles from its first row on, and a list of (group, first row, end) says whose tile a program has. Rows of the
+next group are masked, so groups may begin anywhere; the rows may also be gathered as they are loaded. The programs of a tile's columns
+start together: they share its rows, and those of a group's next tile its matrix, in the L2 cache.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton
+
+from pallas_kernels import tiles as tables
+from pallas_kernels import triton_dot
+from pallas_kernels.compat import interpreted
+from pallas_kernels.grouped_matmul import pallas, tile
+
+
+def _dot(a: jax.Array, b: jax.Array, axes: tuple[int, int], acc: jax.Array) -> jax.Array:
+    """bf16: the accumulator is the matrix unit's; fp32: three TF32 products on a GPU."""
+    if a.dtype == jnp.float32 and not interpreted("gpu"):
+        contract = (((axes[0],), (axes[1],)), ((), ()))
+        return acc + lax.dot_general(a, b, contract, precision=lax.DotAlgorithmPreset.TF32_TF32_F32_X3, preferred_element_type=jnp.float32)
+    return triton_dot.dot(a.T if axes[0] == 0 else a, b.T if axes[1] == 1 else b, acc)
+
+
+def _rows(ref, token_ref, start, end, num_rows: int, columns, num_columns: int):
+    """A tile of rows [start, start + num_rows), zeros from `end` on, and of `columns` (a slice) below `num_columns`.
+
+    With `token_ref` the rows that it names, zeros where it names none.
+    """
+    here = start + jnp.arange(num_rows) < end
+    column = columns.start + jnp.arange(columns.size)
+    inside = here[:, None] & (column < num_columns)[None] if num_columns % columns.size else here[:, None]
+    if token_ref is None:
+        mask = jnp.broadcast_to(inside, (num_rows, columns.size))
+        return triton.load(ref.at[pl.ds(start, num_rows), columns], mask=mask, other=0)
+    token = triton.load(token_ref.at[pl.ds(start, num_rows)], mask=here, other=ref.shape[0])
+    mask = jnp.broadcast_to(inside & (token < ref.shape[0])[:, None], (num_rows, columns.size))
+    index = jnp.broadcast_to(token[:, None], mask.shape), jnp.broadcast_to(column[None], mask.shape)
+    return triton.load(ref.at[index], mask=mask, other=0)
+
+
+def _product_kernel(group_ref, start_ref, end_ref, *refs, contract, size):
+    *token_ref, x_ref, w_ref, out_ref = refs
+    token_ref = token_ref[0] if token_ref else None
+    num_groups, terms, num_columns = w_ref.shape[0], w_ref.shape[1 + contract], w_ref.shape[2 - contract]
+    visit = pl.program_id(1)
+    group, start, end = group_ref[visit], start_ref[visit], end_ref[visit]
+    columns = pl.ds(pl.program_id(0) * size.columns, size.columns)
+
+    def matrix(depth):
+        index, shape = ((columns, depth), (size.columns, size.depth)) if contract else ((depth, columns), (size.depth, size.columns))
+        masks = []
+        for axis, (at, most) in enumerate(zip(index, w_ref.shape[1:], strict=True)):
+            if most % at.size:
+                masks.append(jnp.expand_dims(at.start + jnp.arange(at.size) < most, 1 - axis))
+        if not masks:
+            return w_ref[group, *index]
+        mask = jnp.broadcast_to(functools.reduce(jnp.logical_and, masks), shape)
+        return triton.load(w_ref.at[group, *index], mask=mask, other=0)
+
+    def add_part(part, total):
+        depth = pl.ds(part * size.depth, size.depth)
+        x = _rows(x_ref, token_ref, start, end, size.rows, depth, terms)
+        return tile.product(x, matrix(depth), contract, total, _dot)
+
+    def store(y):
+        inside = (start + jnp.arange(size.rows) < end)[:, None]
+        if num_columns % size.columns:
+            inside &= (columns.start + jnp.arange(size.columns) < num_columns)[None]
+        triton.store(out_ref.at[pl.ds(start, size.rows), columns], y.astype(out_ref.dtype), mask=jnp.broadcast_to(inside, y.shape))
+
+    zeros = jnp.zeros((size.rows, size.columns), jnp.float32)
+
+    @pl.when(group < num_groups)
+    def _of_a_group():
+        store(lax.fori_loop(0, pl.cdiv(terms, size.depth), add_part, zeros))
+
+    @pl.when(group == num_groups)
+    def _of_none():
+        store(zeros)
+
+
+def product(x, w, tiles, token, contract, row_tile):
+    """Return each row times its group's matrix, contracting axis `contract` of that; the tile depends on neither rows nor groups."""
+    num_rows = x.shape[0] if token is None else token.shape[0]
+    terms, num_columns = w.shape[1 + contract], w.shape[2 - contract]
+    size = tables.of(tables.GROUPED_GPU if x.dtype == jnp.bfloat16 else tables.GROUPED_GPU_FP32)
+    group, start, end = pallas.cuts(tiles, num_rows, row_tile, size.rows)
+    out = jax.ShapeDtypeStruct((num_rows, num_columns), x.dtype)
+    return pl.pallas_call(
+        functools.partial(_product_kernel, contract=contract, size=size),
+        name="grouped_matmul_" + ("dx" if contract else "forward" if token is None else "gathered"),
+        grid=(pl.cdiv(num_columns, size.columns), group.shape[0]),
+        out_shape=out,
+        compiler_params=triton.CompilerParams(num_warps=size.warps, num_stages=size.stages),
+        cost_estimate=_cost((x, w, out), num_rows * terms * num_columns),
+        interpret=interpreted("gpu"),
+    )(group, start, end, *([] if token is None else [token]), x, w)
+
+
+def _gradient_kernel(first_ref, last_ref, *refs, size):
+    *token_ref, x_ref, dy_ref, out_ref = refs
+    token_ref = token_ref[0] if token_ref else None
+    terms, num_columns = out_ref.shape[1:]
+    group = pl.program_id(2)
+    first, last = first_ref[group], last_ref[group]
+    depth, columns = (pl.ds(pl.program_id(i) * n, n) for i, n in ((1, size.rows), (0, size.columns)))
+
+    def add_part(part, total):
+        start = first + part * size.depth
+        x = _rows(x_ref, token_ref, start, last, size.depth, depth, terms)
+        dy = _rows(dy_ref, None, start, last, size.depth, columns, num_columns)
+        return tile.weight_gradient(x, dy, total, _dot)
+
+    parts = lax.div(last - first + size.depth - 1, jnp.int32(size.depth))
+    total = lax.fori_loop(0, parts, add_part, jnp.zeros((size.rows, size.columns), jnp.float32))
+    inside = (depth.start + jnp.arange(size.rows) < terms)[:, None] & (columns.start + jnp.arange(size.columns) < num_columns)[None]
+    triton.store(out_ref.at[group, depth, columns], total.astype(out_ref.dtype), mask=inside)
+
+
+def weight_gradient(x, dy, tiles, token, row_tile):
+    """Return the sum of x^T dy over each group's rows [E, D, F], zeros for a group without rows."""
+    num_rows, num_columns = dy.shape
+    terms, num_groups = x.shape[1], tiles.shape[0]
+    size = tables.of(tables.GROUPED_GPU_GRADIENT if x.dtype == jnp.bfloat16 else tables.GROUPED_GPU_FP32)
+    out = jax.ShapeDtypeStruct((num_groups, terms, num_columns), x.dtype)
+    return pl.pallas_call(
+        functools.partial(_gradient_kernel, size=size),
+        name="grouped_matmul_dw",
+        grid=(pl.cdiv(num_columns, size.columns), pl.cdiv(terms, size.rows), num_groups),
+        out_shape=out,
+        compiler_params=triton.CompilerParams(num_warps=size.warps, num_stages=size.stages),
+        cost_estimate=_cost((x, dy, out), num_rows * terms * num_columns),
+        interpret=interpreted("gpu"),
+    )(*(x[:-1] for x in pallas.ranges(tiles, num_rows, row_tile)), *([] if token is None else [token]), x, dy)
+
+
+def _cost(arrays, products: int) -> pl.CostEstimate:
+    return pl.CostEstimate(flops=2 * products, bytes_accessed=sum(x.size * x.dtype.itemsize for x in arrays), transcendentals=0)
+
+
+grouped_matmul = functools.partial(pallas.grouped_matmul, product, weight_gradient)
+
+
+def _gathered(ref, index, num_columns: int, part, mask):
+    """Rows `index` of columns [part, part + 1) * num_columns of a matrix, zeros outside of it."""
+    shape = (index.shape[0], num_columns)
+    column = part * num_columns + jnp.arange(num_columns)
+    inside = jnp.broadcast_to((mask & (index < ref.shape[0]))[:, None] & (column < ref.shape[1])[None], shape)
+    at = jnp.broadcast_to(index[:, None], shape), jnp.broadcast_to(column[None], shape)
+    return ref.at[at], inside
+
+
+def _combine_kernel(destination_ref, weights_ref, rows_ref, out_ref, *, size, aligned):
+    """A tile of tokens, some of their columns."""
+    num_tokens, num_slots = weights_ref.shape
+    token = pl.program_id(1) * size.rows + jnp.arange(size.rows)
+    here, part = token < num_tokens, pl.program_id(0)
+
+    def slot(a):
+        index = jnp.full(size.rows, a)
+        row = triton.load(destination_ref.at[token, index], mask=here, other=rows_ref.shape[0])
+        weight = triton.load(weights_ref.at[token, index], mask=here, other=0)
+        place, inside = _gathered(rows_ref, row, size.columns, part, here)
+        return triton.load(place, mask=inside, other=0), weight[:, None]
+
+    y = tile.combine(*zip(*(slot(a) for a in range(num_slots)), strict=True), aligned)
+    place, inside = _gathered(out_ref, token, size.columns, part, here)
+    triton.store(place, y.astype(out_ref.dtype), mask=inside)
+
+
+def _combine_gradient_kernel(token_ref, weight_ref, dy_ref, rows_ref, d_rows_ref, d_weight_ref, *, size, aligned):
+    """A tile of rows: each has the gradient of one token, and one weight."""
+    row = pl.program_id(0) * size.rows + jnp.arange(size.rows)
+    here = row < rows_ref.shape[0]
+    token = triton.load(token_ref.at[row], mask=here, other=dy_ref.shape[0])
+    weight = triton.load(weight_ref.at[row], mask=here, other=0)[:, None]
+
+    def columns(part, total):
+        dy_place, dy_inside = _gathered(dy_ref, token, size.columns, part, here)
+        dy = triton.load(dy_place, mask=dy_inside, other=0).astype(jnp.float32)
+        place, inside = _gathered(rows_ref, row, size.columns, part, here)
+        y = triton.load(place, mask=inside, other=0).astype(jnp.float32)
+        place, inside = _gathered(d_rows_ref, row, size.columns, part, here)
+        triton.store(place, tile.weighted(dy, weight, aligned).astype(d_rows_ref.dtype), mask=inside)
+        return total + (dy * y).sum(1)
+
+    total = lax.fori_loop(0, pl.cdiv(rows_ref.shape[1], size.columns), columns, jnp.zeros(size.rows, jnp.float32))
+    triton.store(d_weight_ref.at[row], total, mask=here)
+
+
+def combine_groups(rows, weights, destination, source, *, aligned):
+    """See `api.combine_groups`: each row is read once, and no token's rows are written beside each other."""
+    (num_tokens, num_slots), (num_rows, num_columns) = weights.shape, rows.shape
+    size = tables.of(tables.COMBINE_GPU)
+    params = triton.CompilerParams(num_warps=size.warps, num_stages=1)
+
+    @jax.custom_vjp
+    def run(rows, weights, destination, source):
+        del source
+        out = jax.ShapeDtypeStruct((num_tokens, num_columns), rows.dtype)
+        return pl.pallas_call(
+            functools.partial(_combine_kernel, size=size, aligned=aligned),
+            name="combine_groups",
+            grid=(pl.cdiv(num_columns, size.columns), pl.cdiv(num_tokens, size.rows)),
+            out_shape=out,
+            compiler_params=params,
+            cost_estimate=pl.CostEstimate(
+                flops=2 * num_tokens * num_slots * num_columns,
+                bytes_accessed=num_tokens * (num_slots + 1) * num_columns * rows.dtype.itemsize,
+                transcendentals=0,
+            ),
+            interpret=interpreted("gpu"),
+        )(destination, weights, rows)
+
+    def forward(rows, weights, destination, source):
+        return run(rows, weights, destination, source), (rows, weights, destination, source)
+
+    def backward(residuals, dy):
+        rows, weights, destination, source = residuals
+        weight = jnp.take(weights.reshape(-1), source, mode="fill", fill_value=0)
+        d_rows, d_weight = pl.pallas_call(
+            functools.partial(_combine_gradient_kernel, size=size, aligned=aligned),
+            name="combine_groups_gradient",
+            grid=(pl.cdiv(num_rows, size.rows),),
+            out_shape=[jax.ShapeDtypeStruct(rows.shape, rows.dtype), jax.ShapeDtypeStruct((num_rows,), jnp.float32)],
+            compiler_params=params,
+            cost_estimate=pl.CostEstimate(flops=3 * rows.size, bytes_accessed=3 * rows.size * rows.dtype.itemsize, transcendentals=0),
+            interpret=interpreted("gpu"),
+        )(source // num_slots, weight, dy, rows)
+        return d_rows, jnp.take(d_weight, destination, mode="fill", fill_value=0).astype(weights.dtype), None, None
+
+    run.defvjp(forward, backward)
+    return run(rows, weights, destination, source)

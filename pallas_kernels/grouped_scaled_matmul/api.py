@@ -1,0 +1,106 @@
+"""Grouped FP8 products: the op on quantised operands, and the differentiable product built on it."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels import dispatch
+from pallas_kernels.grouped_scaled_matmul import pallas_gpu, pallas_tpu, xla
+from pallas_kernels.scaled_matmul import Quantized, quantize
+from pallas_kernels.scaled_matmul.quantized import GROUP
+
+IMPLEMENTATIONS = {"xla": xla.product, "pallas_tpu": pallas_tpu.product, "pallas_gpu": pallas_gpu.product}
+GRADIENT_IMPLEMENTATIONS = {"xla": xla.weight_gradient, "pallas_tpu": pallas_tpu.weight_gradient, "pallas_gpu": pallas_gpu.weight_gradient}
+
+
+def quantize_groups(w: Float[Array, "E K N"], *, power_of_two: bool = False) -> Quantized:
+    """Return each group's matrix in FP8 by blocks of 128 x 128, contracted along its last axis: [E, N, K], scales [E, K / 128, N / 128]."""
+    return jax.vmap(functools.partial(quantize, block=True, transpose=True, power_of_two=power_of_two))(w)
+
+
+def grouped_scaled_matmul(
+    a: Quantized,
+    b: Quantized,
+    tiles: Int[Array, " E"],
+    *,
+    row_tile: int,
+    out_dtype: DTypeLike = jnp.float32,
+    implementation: str = "auto",
+) -> Float[Array, "rows N"]:
+    """Return each row of a [rows, K] times the matrix of its group, b [E, N, K], accumulated in fp32 and cast once.
+
+    a has a scale for each row and 128 columns, b one for each 128 x 128 block of a matrix. Rows lie as in `grouped_matmul`, and a row
+    has the same bits whatever other rows there are. Sums over 128 columns are the matrix unit's; they are scaled and added up in fp32.
+    Not differentiable: see `fp8_grouped_matmul`.
+    """
+    (rows, depth), (num_groups, columns) = a.values.shape, b.values.shape[:2]
+    groups = -(-depth // GROUP)
+    wanted = (groups, rows), (num_groups, groups, -(-columns // GROUP)), (num_groups, columns, depth)
+    if (a.scales.shape, b.scales.shape, b.values.shape) != wanted:
+        raise ValueError(
+            f"a is {a.values.shape} with scales {a.scales.shape}, b {b.values.shape} with scales {b.scales.shape}; "
+            f"expected scales {wanted[0]}, b {wanted[2]} with scales {wanted[1]}"
+        )
+    return dispatch.call("grouped_scaled_matmul", IMPLEMENTATIONS, implementation, a, b, tiles, row_tile=row_tile, out_dtype=out_dtype)
+
+
+def grouped_weight_gradient(x: Quantized, dy: Quantized, tiles, *, row_tile: int, out_dtype: DTypeLike, implementation: str = "auto"):
+    """Return the sum of x^T dy [E, D, F] over each group's rows, for columns x [D, rows] and dy [F, rows], which are contracted along rows.
+
+    Their scales are one for 128 rows, counted from the first one, and a column; such rows may be several groups'.
+    """
+    table = GRADIENT_IMPLEMENTATIONS
+    return dispatch.call("grouped_weight_gradient", table, implementation, x, dy, tiles, row_tile=row_tile, out_dtype=out_dtype)
+
+
+def fp8_grouped_matmul(
+    x: Float[Array, "rows K"],
+    w: Float[Array, "E K N"],
+    tiles: Int[Array, " E"],
+    *,
+    row_tile: int,
+    out_dtype: DTypeLike | None = None,
+    power_of_two: bool = False,
+    implementation: str = "auto",
+) -> Float[Array, "rows N"]:
+    """Return `grouped_matmul(x, w, tiles)` of operands quantised to FP8: x per row and 128 columns, w per 128 x 128 block.
+
+    Its gradients are FP8 products as well, as those of `scaled_matmul.fp8_matmul`: dx of dy by rows and the forward's blocks of w, dw of
+    x and dy quantised along the rows. The forward keeps x and w in FP8 only. Rows of padding must be zero, as `gather_groups` leaves them.
+    """
+    y: jax.Array = _fp8(x, w, tiles, row_tile, jnp.dtype(out_dtype or x.dtype), power_of_two, implementation)  # pyright: ignore
+    return y
+
+
+def _product(x, w, tiles, row_tile, out_dtype, power_of_two, implementation):
+    """The product, and the blocks of w, [E, N, K]."""
+    blocks = quantize_groups(w, power_of_two=power_of_two)
+    rows = quantize(x, power_of_two=power_of_two)
+    return grouped_scaled_matmul(rows, blocks, tiles, row_tile=row_tile, out_dtype=out_dtype, implementation=implementation), blocks
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5, 6))
+def _fp8(x, w, tiles, row_tile, out_dtype, power_of_two, implementation):
+    return _product(x, w, tiles, row_tile, out_dtype, power_of_two, implementation)[0]
+
+
+def _forward(x, w, tiles, row_tile, out_dtype, power_of_two, implementation):
+    y, blocks = _product(x, w, tiles, row_tile, out_dtype, power_of_two, implementation)
+    like = jnp.zeros(0, x.dtype), jnp.zeros(0, w.dtype)
+    return y, (quantize(x, transpose=True, power_of_two=power_of_two), blocks, tiles, *like)
+
+
+def _backward(row_tile, out_dtype, power_of_two, implementation, residuals, dy):
+    columns, blocks, tiles, *like = residuals
+    x_dtype, w_dtype = (x.dtype for x in like)
+    how = {"row_tile": row_tile, "implementation": implementation}
+    transposed = Quantized(*(jnp.swapaxes(x, 1, 2) for x in blocks))
+    dx = grouped_scaled_matmul(quantize(dy, power_of_two=power_of_two), transposed, tiles, out_dtype=x_dtype, **how)
+    dy_columns = quantize(dy, transpose=True, power_of_two=power_of_two)
+    return dx, grouped_weight_gradient(columns, dy_columns, tiles, out_dtype=w_dtype, **how), None
+
+
+_fp8.defvjp(_forward, _backward)

@@ -1,0 +1,103 @@
+"""Grouped FP8 products: every implementation against float64 products of the numbers that operands stand for, for any load of experts."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels.grouped_matmul import gather_groups, group_rows
+from pallas_kernels.grouped_matmul.cases import inputs
+from pallas_kernels.grouped_scaled_matmul import fp8_grouped_matmul, grouped_scaled_matmul, quantize_groups, reference
+from pallas_kernels.grouped_scaled_matmul.api import IMPLEMENTATIONS
+from pallas_kernels.grouped_scaled_matmul.cases import TEST_CASES
+from pallas_kernels.scaled_matmul import Quantized, quantize
+from tests.pallas_kernels.programs import DTYPES, ON_GPU, in_float64, jit, random_like, with_gradients
+from tests.pallas_kernels.tolerances import assert_close, assert_same_bits
+
+ROW_TILE = 16
+native = pytest.param("pallas_gpu", marks=ON_GPU, id="native")
+every_implementation = pytest.mark.parametrize("implementation", [*IMPLEMENTATIONS, native])
+quantize = jax.jit(quantize, static_argnames="transpose")
+quantize_groups = jax.jit(quantize_groups)
+
+
+@functools.cache
+def program(implementation, power_of_two=False):
+    """Return the compiled function (x, w), tiles, dy -> product of quantised operands, product quantised on the way, and its gradients."""
+    how = {"row_tile": ROW_TILE, "implementation": implementation}
+
+    def run(arguments, tiles, dy):
+        quantised = grouped_scaled_matmul(quantize(arguments[0]), quantize_groups(arguments[1]), tiles, **how)
+        fp8 = functools.partial(fp8_grouped_matmul, tiles=tiles, power_of_two=power_of_two, **how)
+        return quantised, with_gradients(lambda x, w: fp8(x, w))(arguments, dy)
+
+    return jit(run)
+
+
+def grouped(case, dtype, seed=0):
+    """Return rows in their groups' tiles, matrices, tiles, the group of each row and a cotangent that is zero for padding."""
+    x, w, experts = inputs(case, dtype, seed)
+    groups = group_rows(experts.reshape(-1), case.E, ROW_TILE)
+    rows = gather_groups(x, groups, case.A)
+    owner = np.append(np.repeat(np.arange(case.E), np.asarray(groups.tiles) * ROW_TILE), np.full(len(rows), case.E))[: len(rows)]
+    dy = random_like(jax.ShapeDtypeStruct((len(rows), case.F), dtype))
+    return rows, w, groups.tiles, owner, jnp.where((groups.source < experts.size)[:, None], dy, 0)
+
+
+@every_implementation
+@pytest.mark.parametrize("name", TEST_CASES)
+def test_product_and_gradients(name, implementation):
+    case = TEST_CASES[name]
+    x, w, tiles, owner, dy = grouped(case, jnp.float32)
+    quantised, (y, (dx, dw)) = program(implementation)((x, w), tiles, dy)
+    blocks = quantize_groups(w)
+    expected = in_float64(reference.grouped_scaled_matmul, quantize(x), blocks, owner)
+    assert_close((quantised, y), (expected, expected), jnp.float32)
+    transposed = Quantized(*(jnp.swapaxes(part, 1, 2) for part in blocks))
+    assert_close(dx, in_float64(reference.grouped_scaled_matmul, quantize(dy), transposed, owner), jnp.float32)
+    columns, dy_columns = quantize(x, transpose=True), quantize(dy, transpose=True)
+    assert_close(dw, in_float64(weight_gradient, columns, dy_columns, owner), jnp.float32)
+    assert not np.asarray(dw)[np.setdiff1d(np.arange(case.E), owner)].any()
+
+
+def weight_gradient(x, dy, owner):
+    """Return the reference's, for the number of groups of all cases."""
+    return reference.weight_gradient(x, dy, owner, TEST_CASES["uniform"].E)
+
+
+@pytest.mark.parametrize("name", ["uniform", "some"])
+def test_interpreted_kernels_have_equal_bits(name):
+    x, w, tiles, _, dy = grouped(TEST_CASES[name], jnp.float32)
+    assert_same_bits(program("pallas_tpu")((x, w), tiles, dy), program("pallas_gpu")((x, w), tiles, dy))
+
+
+@every_implementation
+def test_rows_do_not_depend_on_their_neighbours(implementation):
+    """The same rows of the same expert, with all of the others, and with them elsewhere."""
+    x, w, tiles, owner, dy = grouped(TEST_CASES["uniform"], jnp.float32)
+    everything = program(implementation)((x, w), tiles, dy)[1][0]
+    first = int(np.argmax(owner == 3))
+    moved = jnp.roll(x, -first, axis=0)  # expert 3's rows in front, and nobody else
+    alone = program(implementation)((moved, w), jnp.where(jnp.arange(5) == 3, tiles, 0), dy)[1][0]
+    number = int(tiles[3]) * ROW_TILE
+    assert_same_bits(alone[:number], everything[first : first + number])
+    assert not alone[number:].any()
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_bf16_rounds_once(implementation):
+    x, w, tiles, owner, _ = grouped(TEST_CASES["skewed"], DTYPES["bf16"])
+    y = jit(functools.partial(fp8_grouped_matmul, row_tile=ROW_TILE, implementation=implementation))(x, w, tiles)
+    assert_close(y, in_float64(reference.grouped_scaled_matmul, quantize(x), quantize_groups(w), owner), jnp.bfloat16)
+
+
+def test_operands_that_do_not_fit_are_refused():
+    x, w, tiles, *_ = grouped(TEST_CASES["uniform"], jnp.float32)
+    a, b = quantize(x), quantize_groups(w)
+    with pytest.raises(ValueError, match=r"expected scales \(2, 208\), b \(5, 128, 256\) with scales \(5, 2, 1\)"):
+        grouped_scaled_matmul(a, b._replace(scales=b.scales[:, :1]), tiles, row_tile=ROW_TILE)
+    for name in ("pallas_tpu", "pallas_gpu"):
+        with pytest.raises(NotImplementedError, match="96 is not a multiple of 128"):
+            fp8_grouped_matmul(x[:, :96], w[:, :96], tiles, row_tile=ROW_TILE, implementation=name)
