@@ -127,3 +127,34 @@ SCALED_MATMUL_GPU = MappingProxyType(
         "cpu": ScaledMatmulGpu(rows=128, columns=128, warps=8, stages=3, band=2),
     }
 )
+
+
+class FusedLayersTpu(NamedTuple):
+    """Rows of a grid step at most, bytes of its blocks at most, rows of a strip, columns of a piece that may be cut, bytes of VMEM."""
+
+    rows: int
+    block: int
+    strip: int
+    columns: int
+    vmem: int
+
+
+FUSED_LAYERS_TPU = MappingProxyType(
+    {
+        "v5e": FusedLayersTpu(256, 4 * _MIB, 16, 1024, 32 * _MIB),
+        "v5p": FusedLayersTpu(256, 4 * _MIB, 16, 1024, 32 * _MIB),
+        "v6e": FusedLayersTpu(256, 4 * _MIB, 16, 1024, 32 * _MIB),
+        "cpu": FusedLayersTpu(16, 4 * _MIB, 8, 128, 32 * _MIB),
+    }
+)
+
+
+class FusedLayersGpu(NamedTuple):
+    """Entries of a piece that a program has at a time, rows it walks if it sums over them, its warps."""
+
+    entries: int
+    rows: int
+    warps: int
+
+
+FUSED_LAYERS_GPU = MappingProxyType({"h200": FusedLayersGpu(4096, 32, 8), "cpu": FusedLayersGpu(128, 8, 4)})
