@@ -130,10 +130,12 @@ SCALED_MATMUL_GPU = MappingProxyType(
 
 
 class FusedLayersTpu(NamedTuple):
-    """Rows of a grid step at most, bytes of its blocks at most, rows of a strip, columns of a piece that may be cut, bytes of VMEM."""
+    """Rows of a grid step at most, bytes of its blocks at most, entries and least rows of a strip's piece, columns of a piece that may be
+    cut anywhere, bytes of VMEM."""
 
     rows: int
     block: int
+    entries: int
     strip: int
     columns: int
     vmem: int
@@ -141,10 +143,10 @@ class FusedLayersTpu(NamedTuple):
 
 FUSED_LAYERS_TPU = MappingProxyType(
     {
-        "v5e": FusedLayersTpu(256, 4 * _MIB, 16, 1024, 32 * _MIB),
-        "v5p": FusedLayersTpu(256, 4 * _MIB, 16, 1024, 32 * _MIB),
-        "v6e": FusedLayersTpu(256, 4 * _MIB, 16, 1024, 32 * _MIB),
-        "cpu": FusedLayersTpu(16, 4 * _MIB, 8, 128, 32 * _MIB),
+        "v5e": FusedLayersTpu(256, 12 * _MIB, 16384, 16, 1024, 48 * _MIB),
+        "v5p": FusedLayersTpu(256, 12 * _MIB, 16384, 16, 1024, 48 * _MIB),
+        "v6e": FusedLayersTpu(256, 12 * _MIB, 16384, 16, 1024, 48 * _MIB),
+        "cpu": FusedLayersTpu(16, 4 * _MIB, 1024, 8, 128, 32 * _MIB),
     }
 )
 

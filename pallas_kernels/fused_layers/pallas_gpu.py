@@ -18,6 +18,7 @@ from jax.experimental.pallas import triton
 from pallas_kernels import tiles
 from pallas_kernels.compat import interpreted
 from pallas_kernels.fused_layers.rows import Pass, Piece, grouped, moved, pieces, shapes
+from pallas_kernels.fused_layers.tile import Lanes
 
 
 def _power_of_two(size: int) -> int:
@@ -85,7 +86,10 @@ def _kernel(*refs, call: Pass, parts: int, num: int, height: int, turns: int, nu
         seen = []
         for operand, where, arrays in rows:
             for j in range(operand.pieces or 1):
-                seen += [load(turn, where, arrays, j)] + ([load(turn, where, arrays, j, operand.half)] if operand.half else [])
+                seen.append(load(turn, where, arrays, j))
+                if operand.half:
+                    partner = load(turn, where, arrays, j, operand.half)
+                    seen.append(Lanes(lambda f, own=(), other=(), partner=partner: f(partner, *other)))
         results = list(call.tile(*seen, *factors))
         for out, where, arrays in outs:
             for j in range(out.pieces):

@@ -13,19 +13,41 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import tiles
-from pallas_kernels.compat import interpreted
+from pallas_kernels.compat import dot_operand, interpreted
+from pallas_kernels.fused_layers import tile
 from pallas_kernels.fused_layers.rows import Pass, Piece, grouped, moved, pieces, shapes
+from pallas_kernels.fused_layers.tile import Lanes
 
 _LANES, _SUBLANES = 128, 8
 
 
-def _partner(x: jax.Array, half: int) -> jax.Array:
-    """The piece with its channels exchanged in pairs, by lane rotations, which want 32 bits."""
-    size = x.shape[-1]
+def _exchanged(x: jax.Array, half: int) -> jax.Array:
+    """x with its channels exchanged in pairs."""
+    size, axis = x.shape[-1], x.ndim - 1
     if 2 * half == size:
-        return pltpu.roll(x, half, x.ndim - 1)
-    lane = lax.broadcasted_iota(jnp.int32, x.shape, x.ndim - 1)
-    return jnp.where(lane < half, pltpu.roll(x, size - half, x.ndim - 1), pltpu.roll(x, half, x.ndim - 1))
+        return pltpu.roll(x, half, axis)
+    return jnp.where(lax.broadcasted_iota(jnp.int32, x.shape, axis) < half, pltpu.roll(x, size - half, axis), pltpu.roll(x, half, axis))
+
+
+def _lanes(x: jax.Array, half: int) -> Lanes:
+    """Sums and exchanges in the lanes of a piece: of bf16 values in a single vector's width by the matrix unit, which is idle.
+
+    A product with ones is a sum in every lane, one with a permutation the exchange, which is exact. A sum's terms go in as two bf16
+    values each: squares of bf16 values are exact so, others keep 16 bits.
+    """
+    size, axis = x.shape[-1], x.ndim - 1
+    if size != _LANES or x.dtype != jnp.bfloat16:
+        return Lanes(lambda f, own=(), other=(): _exchanged(f(x, *own), half))
+    product = lambda x, y: lax.dot(dot_operand(x), dot_operand(y.astype(jnp.bfloat16)), preferred_element_type=jnp.float32)
+    ones = jnp.ones((size, size), jnp.float32)
+    to, lane = (lax.broadcasted_iota(jnp.int32, (size, size), axis) for axis in (axis, axis - 1))
+    swap = jnp.where(lane == jnp.where(to < half, to + half, jnp.where(to < 2 * half, to - half, -1)), 1.0, 0.0)
+
+    def row_sum(x):
+        high = x.astype(jnp.bfloat16)
+        return product(high, ones) + product((x - high.astype(jnp.float32)).astype(jnp.bfloat16), ones)
+
+    return Lanes(lambda f, own=(), other=(): product(f(x, *own).astype(jnp.bfloat16), swap), row_sum)
 
 
 def _kernel(*refs, call: Pass, parts: int, strip: int, num_rows: int):
@@ -51,10 +73,11 @@ def _kernel(*refs, call: Pass, parts: int, strip: int, num_rows: int):
             for operand, where, arrays in rows:
                 for j in range(operand.pieces or 1):
                     ref, columns = place(where, arrays, j * parts + part if operand.pieces else 0)
-                    x = ref[at, columns]
-                    seen += [x] if not operand.half else [x.astype(jnp.float32), _partner(x.astype(jnp.float32), operand.half)]
+                    seen.append(x := ref[at, columns])
+                    if operand.half:
+                        seen.append(_lanes(x, operand.half))
             if part >= parts - call.copied:
-                results = seen
+                results = seen[:1]
             else:
                 results = list(call.tile(*seen, *(w[min(part, w.shape[0] - 1)][None] for w in weights)))
             for out, where, arrays in outs:
@@ -97,11 +120,12 @@ def run(call: Pass) -> tuple[list[tuple[jax.Array, ...]], list[jax.Array]]:
     height = choice.rows
     while height > choice.strip and height * bytes_per_row > choice.block:
         height //= 2
+    strip = min(height, max(choice.strip, choice.entries // max(pieces(x, parts).width for x in call.rows)))
     num_blocks = pl.cdiv(num_rows, height)
     of_rows = lambda x: pl.BlockSpec((height, x.shape[1]), lambda i: (i, 0))
     sums = [w.shape[0] * w.shape[1] for w in call.weights[: call.sums]]
     results = pl.pallas_call(
-        functools.partial(_kernel, call=call, parts=parts, strip=choice.strip, num_rows=num_rows),
+        functools.partial(_kernel, call=call, parts=parts, strip=strip, num_rows=num_rows),
         name=call.name,
         grid=(num_blocks,),
         in_specs=[*map(of_rows, arrays), *(pl.BlockSpec(w.shape, lambda i: (0, 0)) for w in call.weights)],

@@ -16,8 +16,8 @@ from jax.typing import DTypeLike
 class Rows(NamedTuple):
     """An operand: arrays [N, columns], whose columns follow each other.
 
-    `pieces` of each part, or 0 if all parts share the columns. With `half` the tile function also gets, behind each piece, its partner:
-    the piece with the channels j and j + half of its first 2 half exchanged (what the others are is not said).
+    `pieces` of each part, or 0 if all parts share the columns. With `half` the tile function also gets, behind each piece, its
+    `tile.Lanes`.
     """
 
     arrays: tuple[jax.Array, ...]

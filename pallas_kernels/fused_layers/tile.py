@@ -11,6 +11,7 @@ n is rounded to the compute dtype before the weight multiplies it, and so are th
 is fp32. `size` is the number of channels of a norm: a tile may be wider, with zeros in the rest.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -26,8 +27,13 @@ def rounded(x: jax.Array, dtype: DTypeLike) -> jax.Array:
     return x.astype(dtype).astype(F32)
 
 
-def _scale(x: jax.Array, size: int, eps: float) -> jax.Array:
-    return lax.rsqrt(jnp.sum(x * x, axis=-1, keepdims=True) / size + eps)
+def row_sum(x: jax.Array) -> jax.Array:
+    """Return the sums over the last axis, which stays; a backend may bring its own."""
+    return jnp.sum(x, axis=-1, keepdims=True)
+
+
+def _scale(x: jax.Array, size: int, eps: float, row_sum: Callable = row_sum) -> jax.Array:
+    return lax.rsqrt(row_sum(x * x) / size + eps)
 
 
 def _normed(x: jax.Array, scale: jax.Array, weight: jax.Array, dtype: DTypeLike) -> jax.Array:
@@ -40,11 +46,11 @@ def norm(x: jax.Array, weight: jax.Array, *, size: int, eps: float, dtype: DType
     return (_normed(x, _scale(x, size, eps), weight, dtype),)
 
 
-def _norm_gradient(x, d, weight, size, eps, dtype):
+def _norm_gradient(x, d, weight, size, eps, dtype, row_sum=row_sum):
     """The gradients of x and, row by row, of the weight, for that of the normed row."""
-    scale = _scale(x, size, eps)
+    scale = _scale(x, size, eps, row_sum)
     n, dn = x * scale, d * rounded(weight, dtype)
-    return scale * (dn - n * (jnp.sum(dn * n, axis=-1, keepdims=True) / size)), d * rounded(n, dtype)
+    return scale * (dn - n * (row_sum(dn * n) / size)), d * rounded(n, dtype)
 
 
 def add_norm(x: jax.Array, y: jax.Array, weight: jax.Array, **how) -> tuple[jax.Array, jax.Array]:
@@ -106,19 +112,30 @@ def _channels(x: jax.Array, half: int) -> jax.Array:
     return lax.broadcasted_iota(jnp.int32, x.shape, x.ndim - 1) < 2 * half
 
 
-def heads(x, other, cos, sin, weight, other_weight, *, half, size, eps, dtype) -> tuple[jax.Array]:
-    """Return the norm of x with its first 2 half channels rotated; `other` is x's partner."""
-    x, other = x.astype(F32), other.astype(F32)
-    scale = _scale(x, size, eps)
-    normed = _normed(x, scale, weight, dtype)
-    return (jnp.where(_channels(x, half), normed * cos + _normed(other, scale, other_weight, dtype) * sin, normed),)
+class Lanes(NamedTuple):
+    """How a backend moves what is in the lanes of a piece x.
+
+    exchanged(f, own=(), other=()) is f(x, *own), where f treats each channel by itself, with the channels j and j + half of the first
+    2 half exchanged (what the rest is is not said); `other` are own's values with their channels exchanged. sum is `row_sum`.
+    """
+
+    exchanged: Callable
+    sum: Callable = row_sum
 
 
-def heads_gradient(d, d_other, x, cos, sin, weight, *, half, size, eps, dtype) -> tuple[jax.Array, jax.Array]:
-    """Return the gradient of x and the terms of the weight's; `d_other` is the partner of the result's gradient d."""
-    d = d.astype(F32)
-    d = jnp.where(_channels(d, half), d * cos - d_other.astype(F32) * sin, d)
-    return _norm_gradient(x.astype(F32), d, weight, size, eps, dtype)
+def heads(x, lanes: Lanes, cos, sin, weight, other_weight, *, half, size, eps, dtype) -> tuple[jax.Array]:
+    """Return the norm of x with its first 2 half channels rotated."""
+    scale = _scale(x.astype(F32), size, eps, lanes.sum)
+    norm = lambda x, weight: _normed(x.astype(F32), scale, weight, dtype)
+    normed, other = norm(x, weight), lanes.exchanged(norm, (weight,), (other_weight,))
+    return (jnp.where(_channels(x, half), normed * cos + other * sin, normed),)
+
+
+def heads_gradient(d, lanes: Lanes, x, cos, sin, weight, *, half, size, eps, dtype) -> tuple[jax.Array, jax.Array]:
+    """Return the gradient of x and the terms of the weight's, for that of the result."""
+    other = lanes.exchanged(lambda d: d.astype(F32))
+    d = jnp.where(_channels(d, half), d.astype(F32) * cos - other * sin, d.astype(F32))
+    return _norm_gradient(x.astype(F32), d, weight, size, eps, dtype, lanes.sum)
 
 
 class Routing(NamedTuple):

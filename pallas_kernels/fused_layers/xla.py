@@ -19,17 +19,21 @@ def run(call: Pass, *, aligned: bool) -> tuple[list[tuple[jax.Array, ...]], list
         rows = jnp.concatenate(arrays, axis=1) if len(arrays) > 1 else arrays[0]
         if not operand.pieces:
             return [rows[:, None]]
-        found = list(jnp.moveaxis(rows.reshape(rows.shape[0], operand.pieces, parts, where.width), 1, 0))
-        return [y for x in found for y in ((x, tile.partner(x, operand.half)) if operand.half else (x,))]
+        found = list(jnp.moveaxis(rows.reshape(rows.shape[0], operand.pieces, parts, where.width), 1, 0)[:, :, :computed])
+        if operand.half:
+            return [y for x in found for y in (x, tile.Lanes(lambda f, own=(), other=(), x=x: tile.partner(f(x, *own), operand.half)))]
+        return found
 
     def on_rows(*arrays):
         rest, seen = list(arrays), []
         for operand in call.rows:
             seen += tile_pieces(operand, [rest.pop(0) for _ in operand.arrays])
         weights = [w if w.shape[0] == 1 else w[:computed] for w in call.weights]
-        results = list(call.tile(*(x[:, :computed] if call.copied else x for x in seen), *weights))
+        results = list(call.tile(*seen, *weights))
         if call.copied:
-            results[0] = jnp.concatenate([results[0].astype(call.outs[0].dtype), seen[0][:, computed:].astype(call.outs[0].dtype)], axis=1)
+            copied = arrays[len(call.rows[0].arrays) - 1][:, -call.copied * seen[0].shape[-1] :]
+            copied = copied.reshape(len(copied), call.copied, -1).astype(call.outs[0].dtype)
+            results[0] = jnp.concatenate([results[0].astype(copied.dtype), copied], axis=1)
         outs = []
         for out in call.outs:
             where, found = pieces(out, parts), [results.pop(0) for _ in range(out.pieces)]
