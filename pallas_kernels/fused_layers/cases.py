@@ -1,0 +1,146 @@
+"""Named shapes of the fused layers, shared by the tests, the benchmark and the compile gates."""
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+
+from pallas_kernels.aot.case import CompileCase
+from pallas_kernels.fused_layers import api, reference
+
+EPS = 1e-6
+
+
+class Case(NamedTuple):
+    """A layer at some sizes: its name in the api, its static arguments, and the arguments' shapes with "x" for the compute dtype.
+
+    Letters: "x" activations and norm weights in the compute dtype, "f" fp32 whatever the dtype is, "c" the same, a constant.
+    """
+
+    op: str
+    how: dict[str, Any]
+    shapes: tuple[tuple[str, tuple[int, ...]] | None, ...]
+
+    def function(self, dtype: DTypeLike, **kwargs) -> Callable:
+        """Return the layer."""
+        how = self.how | ({"dtype": dtype} if self.op == "residual_rms_norm" else {})
+        return functools.partial(getattr(api, self.op), **how, **kwargs)
+
+    @property
+    def truth(self) -> Callable:
+        """Return its reference."""
+        return functools.partial(getattr(reference, self.op), **self.how)
+
+    @property
+    def differentiable(self) -> tuple[int, ...]:
+        """Return which arguments have a gradient."""
+        return tuple(i for i, x in enumerate(self.shapes) if x and x[0] != "c")
+
+    def structs(self, dtype: DTypeLike) -> list[jax.ShapeDtypeStruct | None]:
+        """Return the arguments' shapes."""
+        return [x and jax.ShapeDtypeStruct(x[1], dtype if x[0] == "x" else jnp.float32) for x in self.shapes]
+
+    def inputs(self, dtype: DTypeLike, seed: int = 0) -> list[jax.Array | None]:
+        """Return random arguments; norm weights are numbers of the dtype, as a model's forward has them."""
+        rng = np.random.default_rng(seed)
+        return [x if x is None else jnp.asarray(rng.standard_normal(x.shape), x.dtype) for x in self.structs(dtype)]
+
+
+def residual_rms_norm(num: int, D: int, first: bool = False) -> Case:
+    """Return the residual add and the norm behind it; the first norm of a model adds nothing."""
+    return Case("residual_rms_norm", {"eps": EPS}, (("f", (num, D)), None if first else ("x", (num, D)), ("x", (D,))))
+
+
+def gated_group_norm(num: int, D: int, num_groups: int) -> Case:
+    """Return the gated norm of a linear mixer."""
+    return Case("gated_group_norm", {"eps": EPS, "num_groups": num_groups}, (("x", (num, D)), ("x", (num, D)), ("x", (D,))))
+
+
+def swiglu(num: int, F: int, weighted: bool = False) -> Case:
+    """Return the gate of an FFN; an expert's rows may have weights."""
+    return Case("swiglu", {}, (("x", (num, 2 * F)), ("f", (num,)) if weighted else None))
+
+
+def qk_norm_rope(num: int, H: int, G: int, K: int, half: int) -> Case:
+    """Return what follows the product with the qkv weight."""
+    tables = (("c", (num, half)), ("c", (num, half)))
+    return Case("qk_norm_rope", {"eps": EPS, "num_kv_heads": G}, (("x", (num, (H + 2 * G) * K)), *tables, ("x", (K,)), ("x", (K,))))
+
+
+def route(num: int, E: int, A: int, num_groups: int, num_active_groups: int, normalise: bool = True) -> Case:
+    """Return the router's choice."""
+    how = {"num_active": A, "num_groups": num_groups, "num_active_groups": num_active_groups, "normalise": normalise, "factor": 2.5}
+    return Case("route", how, (("f", (num, E)), ("c", (E,))))
+
+
+def model_cases(name: str, num: int) -> dict[str, Case]:
+    """Return the layers of a released model over `num` rows."""
+    D, H, G, K, E, A, F, dense = {"mini": (2048, 16, 4, 128, 256, 8, 512, 5120), "flash": (4096, 32, 4, 128, 256, 8, 1024, 9216)}[name]
+    return {
+        "residual_rms_norm": residual_rms_norm(num, D),
+        "gated_group_norm": gated_group_norm(num, H * K, 4),
+        "swiglu": swiglu(num, dense),
+        "swiglu expert": swiglu(num * A, F),
+        "qk_norm_rope": qk_norm_rope(num, H, G, K, 32),
+        "qk_norm_rope linear": qk_norm_rope(num, H, H, K, 32),
+        "route": route(num, E, A, 8, 4),
+    }
+
+
+def program(case: Case, dtype: DTypeLike, backward: bool, **kwargs) -> tuple[Callable, tuple[Any, ...]]:
+    """Return the layer, or its gradient as a program of its own, and the shapes of its arguments."""
+    layer, structs = case.function(dtype, **kwargs), tuple(case.structs(dtype))
+    if not backward:
+        return layer, structs
+    chosen = case.differentiable
+    outs = jax.eval_shape(layer, *structs)
+    d_outs = jax.tree.map(lambda x: x if jnp.issubdtype(x.dtype, jnp.floating) else None, outs)
+
+    def gradient(arguments, d_outs):
+        def of_chosen(*values):
+            full = list(arguments)
+            for at, value in zip(chosen, values, strict=True):
+                full[at] = value
+            return jax.tree.map(lambda x, d: x if d is not None else None, layer(*full), d_outs, is_leaf=lambda x: x is None)
+
+        return jax.vjp(of_chosen, *(arguments[at] for at in chosen))[1](d_outs)
+
+    return gradient, (structs, d_outs)
+
+
+def _bytes(case: Case, dtype: DTypeLike, backward: bool) -> int:
+    """What a layer reads and writes: each argument and result once; the gradient all of its arguments, and results as they are."""
+    size = lambda tree: sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
+    layer, structs = case.function(dtype, implementation="xla"), case.structs(dtype)
+    outs = jax.eval_shape(layer, *structs)
+    if not backward:
+        return size((structs, outs))
+    kept = structs
+    if case.op == "residual_rms_norm":
+        kept = [outs[0], structs[2]]  # the sum is kept, not what was added
+    if case.op == "qk_norm_rope":
+        kept = [*structs[1:], jax.tree.map(lambda x: x, outs[:2])]  # the values are not read again
+    return size((kept, outs, [structs[at] for at in case.differentiable]))
+
+
+def compile_cases() -> Iterator[CompileCase]:
+    """Yield the layers of both released models, forward and backward, over 8192 rows and forward over 64."""
+    for model in ("mini", "flash"):
+        for num, backward in ((8192, False), (8192, True), (64, False)):
+            for name, case in model_cases(model, num).items():
+                for implementation, targets in {"pallas_tpu": ("v5e", "v5p", "v6e"), "pallas_gpu": ("h200",)}.items():
+                    run, arguments = program(case, jnp.bfloat16, backward, implementation=implementation)
+                    yield CompileCase(
+                        kernel=f"fused_layers.{case.op}{'.backward' * backward}",
+                        shape=f"{model} {name.removeprefix(case.op).strip()} {num}",
+                        targets=targets,
+                        program=run,
+                        arguments=arguments,
+                        bytes=_bytes(case, jnp.bfloat16, backward),
+                        flops=0,
+                        quick=(model, num, " " in name) == ("mini", 64, False),
+                    )

@@ -1,0 +1,177 @@
+"""The layers for GPUs (Pallas with the Triton lowering): a program has a few rows and parts, [rows, parts, width], in registers.
+
+Widths that are no powers of two are masked. A pass with sums over rows walks some rows in a program, its sums in registers; they are
+added up outside, in the programs' order.
+"""
+
+import functools
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton
+
+from pallas_kernels import tiles
+from pallas_kernels.compat import interpreted
+from pallas_kernels.fused_layers.rows import Pass, Piece, grouped, moved, pieces, shapes
+from pallas_kernels.fused_layers.tile import Lanes
+
+
+def _power_of_two(size: int) -> int:
+    return 1 << (size - 1).bit_length()
+
+
+def _partner(lane: jax.Array, half: int) -> jax.Array:
+    """The lanes of the partner, written so that the compiler sees runs of `half` neighbours."""
+    return lane + half - 2 * half * lax.rem(lax.div(lane, jnp.int32(half)), jnp.int32(2))
+
+
+def _all(conditions: list[jax.Array]) -> jax.Array | None:
+    """Whether all conditions hold, None if there are none: a mask stands only where something is missing."""
+    return functools.reduce(jnp.logical_and, conditions) if conditions else None
+
+
+def _load(at, mask: jax.Array | None) -> jax.Array:
+    return triton.load(at, mask=mask, other=None if mask is None else 0)
+
+
+def _kernel(*refs, call: Pass, parts: int, num: int, height: int, turns: int, num_rows: int):
+    """`num` parts and `height` rows in each of some turns."""
+    refs = list(refs)
+    rows = [(operand, pieces(operand, parts), [refs.pop(0) for _ in operand.arrays]) for operand in call.rows]
+    weights = [(w.shape[1], refs.pop(0)) for w in call.weights]
+    outs = [(out, pieces(out, parts), [refs.pop(0) for _ in pieces(out, parts).columns]) for out in call.outs]
+    sums = refs
+    part, first_row = pl.program_id(0) * num, pl.program_id(1) * turns * height
+
+    def inside(size: tuple[int, ...], width: int) -> list[jax.Array]:
+        return [lax.broadcasted_iota(jnp.int32, size, len(size) - 1) < width] if size[-1] != width else []
+
+    def windows(turn, where: Piece, arrays, j: int) -> Iterator[tuple[Any, tuple[int, int, int], Any, list[jax.Array]]]:
+        """For each array that may have the j-th pieces: its ref, their shape, their first slot, and the conditions for an entry to exist."""
+        size, first = (height, num if where.pieces else 1, _power_of_two(where.width)), 0
+        row = first_row + turn * height + lax.broadcasted_iota(jnp.int32, size, 0)
+        exists = ([row < num_rows] if num_rows % (height * turns) else []) + inside(size, where.width)
+        if len(arrays) == 1:
+            yield arrays[0], size, j * parts + part if where.pieces else 0, exists
+            return
+        for ref, columns in zip(arrays, where.columns, strict=True):
+            count = columns // where.width
+            here = (part >= first) & (part < first + count)
+            yield ref, size, jnp.clip(part - first, 0, count - num), [*exists, jnp.broadcast_to(here, size)]
+            first += count
+
+    def load(turn, where: Piece, arrays, j: int, half: int = 0) -> jax.Array:
+        found = []
+        for ref, size, slot, exists in windows(turn, where, arrays, j):
+            window = ref.at[pl.ds(turn * height, height), pl.ds(slot, size[1]), pl.ds(0, size[2])]
+            if half:
+                row, at, lane = (lax.broadcasted_iota(jnp.int32, size, axis) for axis in range(3))
+                lane = _partner(lane, half)
+                exists = [*exists, lane < where.width] if where.width % (2 * half) else exists
+                window = ref.at[turn * height + row, slot + at, lane]
+            found.append(_load(window, _all(exists)))
+        return functools.reduce(jnp.add, found)  # where there are several arrays, all but one gave zeros
+
+    def store(turn, where: Piece, arrays, j: int, x: jax.Array) -> None:
+        for ref, size, slot, exists in windows(turn, where, arrays, j):
+            window = ref.at[pl.ds(turn * height, height), pl.ds(slot, num), pl.ds(0, size[2])]
+            triton.store(window, jnp.broadcast_to(x, size).astype(ref.dtype), mask=_all(exists))
+
+    def compute(turn, totals):
+        seen = []
+        for operand, where, arrays in rows:
+            for j in range(operand.pieces or 1):
+                seen.append(load(turn, where, arrays, j))
+                if operand.half:
+                    partner = load(turn, where, arrays, j, operand.half)
+                    seen.append(Lanes(lambda f, own=(), other=(), partner=partner: f(partner, *other)))
+        results = list(call.tile(*seen, *factors))
+        for out, where, arrays in outs:
+            for j in range(out.pieces):
+                store(turn, where, arrays, j, results.pop(0))
+        return [total + terms for total, terms in zip(totals, results, strict=True)]
+
+    def copy(turn, carry):
+        store(turn, *outs[0][1:], 0, load(turn, *rows[0][1:], 0))
+        return carry
+
+    factors = [_load(ref, _all(inside(ref.shape, width)))[None] for width, ref in weights]
+    walk = lambda turn, carry: lax.fori_loop(0, turns, turn, carry) if turns > 1 else turn(0, carry)
+
+    def computed() -> None:
+        totals = walk(compute, [jnp.zeros((height, *ref.shape), jnp.float32) for ref in sums])
+        for (width, _), ref, total in zip(weights, sums, totals, strict=False):
+            triton.store(ref, total.sum(0), mask=_all(inside(ref.shape, width)))
+
+    def copied() -> None:
+        walk(copy, 0)
+        for (width, _), ref in zip(weights, sums, strict=False):
+            triton.store(ref, jnp.zeros(ref.shape, jnp.float32), mask=_all(inside(ref.shape, width)))
+
+    if call.copied:
+        pl.when(part < parts - call.copied)(computed)
+        pl.when(part >= parts - call.copied)(copied)
+    else:
+        computed()
+
+
+def _parts(call: Pass, most: int) -> int:
+    """The parts of a row; if it may be cut anywhere, into the widest pieces that are powers of two, or else into one."""
+    if call.parts:
+        return call.parts
+    width = pieces(call.rows[0], 1).width
+    piece = min(width & -width, most)
+    return width // piece if piece >= min(most, 128) else 1
+
+
+def run(call: Pass) -> tuple[list[tuple[jax.Array, ...]], list[jax.Array]]:
+    """See `rows.Run`."""
+    choice = tiles.of(tiles.FUSED_LAYERS_GPU)
+    parts = _parts(call, choice.entries)
+    arrays, num_rows = [x for operand in call.rows for x in operand.arrays], call.rows[0].arrays[0].shape[0]
+    places = [pieces(x, parts) for x in (*call.rows, *call.outs)]
+    outs = shapes(call, num_rows, parts)
+    # The parts of a program are side by side in one array, and all computed or all copied.
+    counts = [size // where.width for where in places if len(where.columns) > 1 for size in where.columns]
+    widest = max(_power_of_two(where.width) for where in places)
+    common = math.gcd(parts, call.copied, *counts)
+    num = min(common & -common, max(1, choice.entries // widest))
+    height = max(1, choice.entries // (widest * num))
+    turns = max(1, choice.rows // height) if call.sums else 1
+    num_blocks = pl.cdiv(num_rows, height * turns)
+
+    def of_rows(shape: tuple[int, int, int]) -> pl.BlockSpec:
+        return pl.BlockSpec((height * turns, shape[1], _power_of_two(shape[2])), lambda p, i: (i, 0, 0))
+
+    def of_weight(w: jax.Array) -> pl.BlockSpec:
+        whole = w.shape[0] == 1
+        return pl.BlockSpec((1 if whole else num, _power_of_two(w.shape[1])), lambda p, i: (0 if whole else p, 0))
+
+    widths = [where.width for where in places for _ in where.columns]
+    views = [(num_rows, x.shape[1] // width, width) for x, width in zip((*arrays, *outs), widths, strict=True)]
+    summed = call.weights[: call.sums]
+    assert all(w.shape[0] == parts for w in summed)
+    results = pl.pallas_call(
+        functools.partial(_kernel, call=call, parts=parts, num=num, height=height, turns=turns, num_rows=num_rows),
+        name=call.name,
+        grid=(parts // num, num_blocks),
+        in_specs=[*map(of_rows, views[: len(arrays)]), *map(of_weight, call.weights)],
+        out_specs=[
+            *map(of_rows, views[len(arrays) :]),
+            *(pl.BlockSpec((None, num, _power_of_two(w.shape[1])), lambda p, i: (i, p, 0)) for w in summed),
+        ],
+        out_shape=[
+            *(jax.ShapeDtypeStruct(view, x.dtype) for view, x in zip(views[len(arrays) :], outs, strict=True)),
+            *(jax.ShapeDtypeStruct((num_blocks, *w.shape), jnp.float32) for w in summed),
+        ],
+        compiler_params=triton.CompilerParams(num_warps=choice.warps, num_stages=1),
+        cost_estimate=pl.CostEstimate(flops=0, transcendentals=0, bytes_accessed=moved((arrays, outs, call.weights))),
+        interpret=interpreted("gpu"),
+    )(*(x.reshape(view) for x, view in zip(arrays, views, strict=False)), *call.weights)
+    flat = [x.reshape(num_rows, -1) for x in results[: len(outs)]]
+    return grouped(call, flat), [x.sum(0) for x in results[len(outs) :]]

@@ -1,0 +1,93 @@
+"""How a layer that treats each row by itself is told to a backend: what a row has, the function of one tile, and what it returns.
+
+The columns of a row are cut into `parts` that the tile function treats alike: heads, groups of a norm, or all of the row. A part has one
+or several pieces of an array: gate and up of a SwiGLU are two. The pieces of an array stand as [N, pieces, parts, width]; an operand may
+also be several arrays, whose columns follow each other (the parts of q, k and v). The tile function sees each piece as [..., width] and
+reduces the last axis only, so that a backend may have any rows and parts in front.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+from jax.typing import DTypeLike
+
+
+class Rows(NamedTuple):
+    """An operand: arrays [N, columns], whose columns follow each other.
+
+    `pieces` of each part, or 0 if all parts share the columns. With `half` the tile function also gets, behind each piece, its
+    `tile.Lanes`.
+    """
+
+    arrays: tuple[jax.Array, ...]
+    pieces: int = 1
+    half: int = 0
+
+
+class Out(NamedTuple):
+    """A result: arrays [N, columns] of these columns, which follow each other. Without columns it is an array [N, parts]."""
+
+    columns: tuple[int, ...]
+    dtype: DTypeLike
+    pieces: int = 1
+
+
+class Pass(NamedTuple):
+    """One pass over rows: tile(*row pieces, *weights) returns the pieces of the results, then of `sums` terms to be summed over the rows.
+
+    Weights are [parts, width] or [1, width]. The sums are fp32, one for each of the first weights, with its shape. The last `copied`
+    parts are not computed: their first piece is copied to the first result. With 0 parts the backend may cut the pieces anywhere.
+    """
+
+    name: str
+    tile: Callable[..., tuple[Any, ...]]
+    rows: tuple[Rows, ...]
+    weights: tuple[jax.Array, ...]
+    outs: tuple[Out, ...]
+    sums: int = 0
+    parts: int = 1
+    copied: int = 0
+
+
+class Piece(NamedTuple):
+    """Where an operand's or result's pieces lie: its arrays' columns, the pieces a part has (0: all parts share one), and their width."""
+
+    columns: tuple[int, ...]
+    pieces: int
+    width: int
+
+    def find(self, slot: int) -> tuple[int, int]:
+        """Return the array that has the slot-th piece, and the column where it begins."""
+        column = slot * self.width
+        for array, size in enumerate(self.columns):
+            if column < size:
+                return array, column
+            column -= size
+        raise AssertionError(f"no piece {slot} of width {self.width} in columns {self.columns}")
+
+
+def pieces(operand: Rows | Out, parts: int) -> Piece:
+    """Return where an operand's or a result's pieces lie."""
+    columns = tuple(x.shape[1] for x in operand.arrays) if isinstance(operand, Rows) else operand.columns or (parts,)
+    return Piece(columns, operand.pieces, sum(columns) // (operand.pieces * parts or 1))
+
+
+def shapes(call: Pass, num_rows: int, parts: int) -> list[jax.ShapeDtypeStruct]:
+    """Return the results' arrays, one after the other."""
+    return [jax.ShapeDtypeStruct((num_rows, size), out.dtype) for out in call.outs for size in pieces(out, parts).columns]
+
+
+def grouped(call: Pass, arrays: list[jax.Array]) -> list[tuple[jax.Array, ...]]:
+    """Return the results' arrays, a tuple for each result."""
+    arrays = list(arrays)
+    return [tuple(arrays.pop(0) for _ in out.columns or (0,)) for out in call.outs]
+
+
+def moved(arrays: Any) -> int:
+    """Return the bytes of arrays or of their shapes."""
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(arrays))
+
+
+Run = Callable[[Pass], tuple[list[tuple[jax.Array, ...]], list[jax.Array]]]
+"""A backend's way through the rows: the results' arrays, a tuple each, and the sums."""
