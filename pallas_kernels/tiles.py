@@ -130,7 +130,7 @@ SCALED_MATMUL_GPU = MappingProxyType(
 
 
 class FlashTpu(NamedTuple):
-    """Rows of a tile (positions x query heads of a key head), key heads of a program at most, and its tiles of queries and key blocks a step.
+    """Rows of a tile (positions x query heads of a key head), key heads of a program at most, its tiles of queries and key blocks a step.
 
     A decode step has one tile of queries. `cores` share the programs, `vmem`: bytes of VMEM in all.
     """
@@ -278,7 +278,8 @@ GROUPED_SCALED_TPU = MappingProxyType(
 
 class FusedLayersTpu(NamedTuple):
     """Rows of a grid step at most, bytes of its blocks at most, entries and least rows of a strip's piece, columns of a piece that may be
-    cut anywhere, bytes of VMEM."""
+    cut anywhere, bytes of VMEM.
+    """
 
     rows: int
     block: int

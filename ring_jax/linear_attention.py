@@ -73,8 +73,8 @@ class LinearAttention(nnx.Module):
         offset = place.length % chunk  # rows of the open chunk that are in the buffers
         if q.shape[1] == 1:
             row = jnp.where(place.valid[:, 0], offset, chunk)
-            *table, copy = cache
-            step = lightning_attention_step(q[:, 0], k[:, 0], v[:, 0], *table, decay, row, state_copy=copy, may_fold=place.may_fold, **ops)
+            token, how = (q[:, 0], k[:, 0], v[:, 0]), {"state_copy": cache.copy, "may_fold": place.may_fold, **ops}
+            step = lightning_attention_step(*token, cache.state, cache.key, cache.value, decay, row, **how)
             return step.out[:, None], LinearCache(*step[1:])
         # A piece of a prompt: put the open chunk's rows and the new ones on the chunk grid again.
         num_rows = -(-(q.shape[1] + chunk - 1) // chunk) * chunk

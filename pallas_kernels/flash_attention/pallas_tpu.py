@@ -217,7 +217,7 @@ def _head_rows(x: jax.Array, layout: _Layout, groups: int) -> jax.Array:
 
 
 class _Specs:
-    """Block specs: `tokens` of heads, `bounds` and `numbers` as rows, pages. index(b, i, s, first, last) is the tiles of a program's step."""
+    """Block specs: `tokens` of heads, `bounds` and `numbers` as rows, pages. index(b, i, s, first, last) is tiles of a program's step."""
 
     def __init__(self, layout: _Layout, index):
         at, tiled = layout.repeat * layout.group, lambda b, g, i, s, first, last, *_: index(b, i, s, first, last)
@@ -320,7 +320,7 @@ def _forward(q, key_pages, value_pages, page_table, start, stop):
 
 def _backward(q, key_pages, value_pages, start, stop, d_out, log_total, delta):
     choice = tiles.of(tiles.FLASH_TPU)  # log_total lies as the forward's tiles do
-    layout, (batch, num_tokens, heads, key_size), groups = _layout(q, key_pages, value_pages, choice), q.shape, key_pages.shape[2]
+    layout, (batch, num_tokens, _heads, key_size), groups = _layout(q, key_pages, value_pages, choice), q.shape, key_pages.shape[2]
     num_blocks = key_pages.shape[0] // batch
     programs, *ranges = _programs(start, stop, layout)
     rows = [_bound_rows(x, layout) for x in (start, stop)]

@@ -108,7 +108,7 @@ def _compile_combine(num: int) -> CompileCase:
         program=program,
         arguments=(
             jax.ShapeDtypeStruct((num_rows, width), jnp.bfloat16),
-            Groups(integers((num_rows,)), integers((assigned,)), integers((EXPERTS,))),
+            Groups(integers((num_rows,)), integers((assigned,)), integers((EXPERTS,))),  # pyright: ignore
             jax.ShapeDtypeStruct((num, ACTIVE), jnp.float32),
             jax.ShapeDtypeStruct((num, width), jnp.bfloat16),
         ),
@@ -136,7 +136,7 @@ def _compile(kernel: str, name: str, num: int, implementation: str, quick: bool 
     w, tiles = array(EXPERTS, terms, columns), integers(EXPERTS)
     if kernel == "gathered":
         program = lambda x, w, groups: gather_grouped_matmul(x, w, groups, ACTIVE, **how)
-        arguments = array(num, terms), w, Groups(integers(num_rows), integers(assigned), tiles)
+        arguments = array(num, terms), w, Groups(integers(num_rows), integers(assigned), tiles)  # pyright: ignore
     elif kernel == "backward":
         product = lambda x, w, tiles: grouped_matmul(x, w, tiles, **how)
         program = lambda x, w, tiles, dy: jax.vjp(lambda x, w: product(x, w, tiles), x, w)[1](dy)

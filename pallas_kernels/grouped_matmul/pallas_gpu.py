@@ -56,8 +56,8 @@ def _product_kernel(group_ref, start_ref, end_ref, *refs, contract, size):
         index, shape = ((columns, depth), (size.columns, size.depth)) if contract else ((depth, columns), (size.depth, size.columns))
         masks = []
         for axis, (at, most) in enumerate(zip(index, w_ref.shape[1:], strict=True)):
-            if most % at.size:
-                masks.append(jnp.expand_dims(at.start + jnp.arange(at.size) < most, 1 - axis))
+            if most % at.size:  # pyright: ignore
+                masks.append(jnp.expand_dims(at.start + jnp.arange(at.size) < most, 1 - axis))  # pyright: ignore
         if not masks:
             return w_ref[group, *index]
         mask = jnp.broadcast_to(functools.reduce(jnp.logical_and, masks), shape)
@@ -169,7 +169,7 @@ def _combine_kernel(destination_ref, weights_ref, rows_ref, out_ref, *, size, al
         place, inside = _gathered(rows_ref, row, size.columns, part, here)
         return triton.load(place, mask=inside, other=0), weight[:, None]
 
-    y = tile.combine(*zip(*(slot(a) for a in range(num_slots)), strict=True), aligned)
+    y = tile.combine(*zip(*(slot(a) for a in range(num_slots)), strict=True), aligned)  # pyright: ignore
     place, inside = _gathered(out_ref, token, size.columns, part, here)
     triton.store(place, y.astype(out_ref.dtype), mask=inside)
 

@@ -107,7 +107,7 @@ def _gradient_kernel(*refs):
         x, dy = (jnp.where(own(visits, visit, ref.shape), ref[...].astype(jnp.float32), 0.0).astype(ref.dtype) for ref in (x_ref, dy_ref))
         total_ref[...] = tile.weight_gradient(x, dy, total_ref[...])
 
-    @pl.when(is_over(visits.group, visit, pl.num_programs(2)))
+    @pl.when(is_over(visits.group, visit, pl.num_programs(2)))  # pyright: ignore
     def _write():
         out_ref[0] = total_ref[...].astype(out_ref.dtype)
 
