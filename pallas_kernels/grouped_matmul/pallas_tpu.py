@@ -24,7 +24,7 @@ def is_new(ref, visit) -> jax.Array:
     return (visit == 0) | (ref[visit] != ref[jnp.maximum(visit - 1, 0)])
 
 
-def is_over(ref, visit, num: int) -> jax.Array:
+def is_over(ref, visit, num) -> jax.Array:
     """Return whether this is the last of `num` visits, or the block that a list names is another one than that of the next."""
     return (visit == num - 1) | (ref[visit] != ref[jnp.minimum(visit + 1, num - 1)])
 
