@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -90,11 +90,10 @@ def compile_cases() -> Iterator[CompileCase]:
 
 def _compile_combine(num: int) -> CompileCase:
     """The way back of so many tokens of the larger model, and its gradient."""
-    from pallas_kernels.grouped_matmul.api import Groups, combine_groups
+    from pallas_kernels.grouped_matmul.api import combine_groups
 
     width, assigned = 4096, num * ACTIVE
     num_rows = allotted_rows(assigned)
-    integers = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
     op = functools.partial(combine_groups, aligned=True, implementation="pallas_gpu")
 
     def program(rows, groups, weights, dy):
@@ -108,7 +107,7 @@ def _compile_combine(num: int) -> CompileCase:
         program=program,
         arguments=(
             jax.ShapeDtypeStruct((num_rows, width), jnp.bfloat16),
-            Groups(integers((num_rows,)), integers((assigned,)), integers((EXPERTS,))),  # pyright: ignore
+            _groups(assigned),
             jax.ShapeDtypeStruct((num, ACTIVE), jnp.float32),
             jax.ShapeDtypeStruct((num, width), jnp.bfloat16),
         ),
@@ -123,20 +122,26 @@ def allotted_rows(assigned: int) -> int:
     return min(assigned, assigned // ROW_TILE + EXPERTS) * ROW_TILE
 
 
+def _groups(assigned: int) -> Any:
+    """The shapes of where so many assignments go."""
+    from pallas_kernels.grouped_matmul.api import Groups
+
+    return Groups(*(jax.ShapeDtypeStruct((n,), jnp.int32) for n in (allotted_rows(assigned), assigned, EXPERTS)))  # pyright: ignore
+
+
 def _compile(kernel: str, name: str, num: int, implementation: str, quick: bool = False) -> CompileCase:
     """A product of so many tokens' rows, each token with 8 of 256 experts."""
-    from pallas_kernels.grouped_matmul.api import Groups, gather_grouped_matmul, grouped_matmul
+    from pallas_kernels.grouped_matmul.api import gather_grouped_matmul, grouped_matmul
 
     terms, columns = COMPILE_SIZES[name]
     assigned = num * ACTIVE
     num_rows = allotted_rows(assigned)
     array = lambda *shape, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(shape, dtype)
-    integers = functools.partial(array, dtype=jnp.int32)
     how = {"row_tile": ROW_TILE, "implementation": implementation}
-    w, tiles = array(EXPERTS, terms, columns), integers(EXPERTS)
+    w, tiles = array(EXPERTS, terms, columns), array(EXPERTS, dtype=jnp.int32)
     if kernel == "gathered":
         program = lambda x, w, groups: gather_grouped_matmul(x, w, groups, ACTIVE, **how)
-        arguments = array(num, terms), w, Groups(integers(num_rows), integers(assigned), tiles)  # pyright: ignore
+        arguments = array(num, terms), w, _groups(assigned)
     elif kernel == "backward":
         product = lambda x, w, tiles: grouped_matmul(x, w, tiles, **how)
         program = lambda x, w, tiles, dy: jax.vjp(lambda x, w: product(x, w, tiles), x, w)[1](dy)

@@ -6,6 +6,7 @@ start together: they share its rows, and those of a group's next tile its matrix
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -53,14 +54,14 @@ def _product_kernel(group_ref, start_ref, end_ref, *refs, contract, size):
     columns = pl.ds(pl.program_id(0) * size.columns, size.columns)
 
     def matrix(depth):
-        index, shape = ((columns, depth), (size.columns, size.depth)) if contract else ((depth, columns), (size.depth, size.columns))
+        index: tuple[Any, Any] = (columns, depth) if contract else (depth, columns)
         masks = []
         for axis, (at, most) in enumerate(zip(index, w_ref.shape[1:], strict=True)):
-            if most % at.size:  # pyright: ignore
-                masks.append(jnp.expand_dims(at.start + jnp.arange(at.size) < most, 1 - axis))  # pyright: ignore
+            if most % at.size:
+                masks.append(jnp.expand_dims(at.start + jnp.arange(at.size) < most, 1 - axis))
         if not masks:
             return w_ref[group, *index]
-        mask = jnp.broadcast_to(functools.reduce(jnp.logical_and, masks), shape)
+        mask = jnp.broadcast_to(functools.reduce(jnp.logical_and, masks), tuple(at.size for at in index))
         return triton.load(w_ref.at[group, *index], mask=mask, other=0)
 
     def add_part(part, total):
@@ -148,7 +149,7 @@ grouped_matmul = functools.partial(pallas.grouped_matmul, product, weight_gradie
 
 
 def _gathered(ref, index, num_columns: int, part, mask):
-    """Rows `index` of columns [part, part + 1) * num_columns of a matrix, zeros outside of it."""
+    """The place of rows `index` and of the part-th `num_columns` columns of a matrix, and which of it is inside and unmasked."""
     shape = (index.shape[0], num_columns)
     column = part * num_columns + jnp.arange(num_columns)
     inside = jnp.broadcast_to((mask & (index < ref.shape[0]))[:, None] & (column < ref.shape[1])[None], shape)
@@ -169,7 +170,8 @@ def _combine_kernel(destination_ref, weights_ref, rows_ref, out_ref, *, size, al
         place, inside = _gathered(rows_ref, row, size.columns, part, here)
         return triton.load(place, mask=inside, other=0), weight[:, None]
 
-    y = tile.combine(*zip(*(slot(a) for a in range(num_slots)), strict=True), aligned)  # pyright: ignore
+    slots = [slot(a) for a in range(num_slots)]
+    y = tile.combine([rows for rows, _ in slots], [weight for _, weight in slots], aligned)
     place, inside = _gathered(out_ref, token, size.columns, part, here)
     triton.store(place, y.astype(out_ref.dtype), mask=inside)
 

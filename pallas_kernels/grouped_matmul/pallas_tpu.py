@@ -24,7 +24,7 @@ def is_new(ref, visit) -> jax.Array:
     return (visit == 0) | (ref[visit] != ref[jnp.maximum(visit - 1, 0)])
 
 
-def is_over(ref, visit, num: int) -> jax.Array:
+def is_over(ref, visit, num) -> jax.Array:
     """Return whether this is the last of `num` visits, or the block that a list names is another one than that of the next."""
     return (visit == num - 1) | (ref[visit] != ref[jnp.minimum(visit + 1, num - 1)])
 
@@ -107,7 +107,7 @@ def _gradient_kernel(*refs):
         x, dy = (jnp.where(own(visits, visit, ref.shape), ref[...].astype(jnp.float32), 0.0).astype(ref.dtype) for ref in (x_ref, dy_ref))
         total_ref[...] = tile.weight_gradient(x, dy, total_ref[...])
 
-    @pl.when(is_over(visits.group, visit, pl.num_programs(2)))  # pyright: ignore
+    @pl.when(is_over(visits.group, visit, pl.num_programs(2)))
     def _write():
         out_ref[0] = total_ref[...].astype(out_ref.dtype)
 

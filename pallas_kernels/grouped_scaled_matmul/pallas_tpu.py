@@ -79,7 +79,7 @@ def _gradient_kernel(*refs):
         x, dy = (_own_rows(visits, visit, ref) for ref in (x_ref, dy_ref))
         acc_ref[...] = tile.step(acc_ref[...], x, dy, x_scales_ref[0, 0][:, None], dy_scales_ref[0])
 
-    @pl.when(is_over(visits.group, visit, pl.num_programs(2)))  # pyright: ignore
+    @pl.when(is_over(visits.group, visit, pl.num_programs(2)))
     def _write():
         out_ref[0] = acc_ref[...].astype(out_ref.dtype)
 
