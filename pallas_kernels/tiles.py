@@ -130,9 +130,9 @@ SCALED_MATMUL_GPU = MappingProxyType(
 
 
 class FlashTpu(NamedTuple):
-    """Rows of a tile (positions x query heads of a key head), key heads of a program at most, and its tiles of queries and key blocks a step.
+    """Rows of a tile (positions x query heads of a key head), a program's key heads and tiles of queries at most, key blocks of a step.
 
-    A decode step has one tile of queries. `cores` share the programs, `vmem`: bytes of VMEM in all.
+    `cores` share the programs, `vmem`: bytes of VMEM in all.
     """
 
     rows: int
@@ -154,15 +154,19 @@ FLASH_TPU = MappingProxyType(
 
 
 class FlashGpu(NamedTuple):
-    """Rows of a tile (positions x query heads of a key head), a program's warps and its pipeline's stages."""
+    """Rows of a tile (positions x query heads of a key head), a program's warps, its pipeline's stages, and keys of a turn.
+
+    The forward takes whole key blocks.
+    """
 
     rows: int
     warps: int
     stages: int
+    keys: int = 128
 
 
-FLASH_GPU = MappingProxyType({"h200": FlashGpu(64, 4, 2), "cpu": FlashGpu(32, 4, 1)})
-FLASH_GPU_QUERY = MappingProxyType({"h200": FlashGpu(64, 4, 2), "cpu": FlashGpu(32, 4, 1)})
-FLASH_GPU_KEY_VALUE = MappingProxyType({"h200": FlashGpu(64, 8, 2), "cpu": FlashGpu(32, 4, 1)})
+FLASH_GPU = MappingProxyType({"h200": FlashGpu(128, 8, 2), "cpu": FlashGpu(32, 4, 1)})
+FLASH_GPU_QUERY = MappingProxyType({"h200": FlashGpu(64, 4, 2, keys=64), "cpu": FlashGpu(32, 4, 1, keys=64)})
+FLASH_GPU_KEY_VALUE = MappingProxyType({"h200": FlashGpu(32, 4, 2, keys=64), "cpu": FlashGpu(32, 4, 1, keys=64)})
 FLASH_GPU_FP32 = MappingProxyType({"h200": FlashGpu(16, 4, 1)})
 """Of all passes: whole products of fp32 leave no room for larger tiles."""

@@ -54,9 +54,9 @@ def truth(differentiable, start, stop, cotangent):
 @functools.cache
 def both(mode):
     """Return value and gradients as a program of (q, k, v), bounds and cotangent."""
-    f = lambda inputs, start, stop, cotangent: with_gradients(
-        lambda q, k, v: flash_attention(q, k, v, start, stop, **MODES[mode])
-    )(inputs, cotangent)
+    f = lambda inputs, start, stop, cotangent: with_gradients(lambda q, k, v: flash_attention(q, k, v, start, stop, **MODES[mode]))(
+        inputs, cotangent
+    )
     return jit(f)
 
 
