@@ -56,7 +56,8 @@ def _layout(q, key_pages, value_pages, choice: tiles.FlashTpu) -> _Layout:
     programs = batch * pl.cdiv(num_tokens, positions * num_tiles)
     most = max(1, groups // choice.cores) if programs % choice.cores else groups  # every core gets as many programs as the others
     group = next(d for d in range(min(most, choice.heads), 0, -1) if groups % d == 0)
-    return _Layout(positions, repeat, group, num_tiles, choice.blocks, key_size, value_size)
+    blocks = choice.blocks if num_tiles > 1 else choice.decode_blocks
+    return _Layout(positions, repeat, group, num_tiles, blocks, key_size, value_size)
 
 
 def _words() -> tile.Words:
@@ -322,16 +323,18 @@ def _forward(q, key_pages, value_pages, page_table, start, stop):
         choice,
         2 * q.size * num_blocks * KEY_BLOCK * (1 + layout.value_size / layout.key_size),
     )
-    return out[:, :num_tokens].reshape(batch, num_tokens, heads, -1), log_total
+    log_total = log_total.reshape(batch, groups, -1, layout.repeat, layout.positions).transpose(0, 2, 4, 1, 3)
+    log_total = log_total.reshape(batch, -1, heads)
+    return out[:, :num_tokens].reshape(batch, num_tokens, heads, -1), log_total[:, :num_tokens]
 
 
 def _backward(q, key_pages, value_pages, start, stop, d_out, log_total, delta):
-    choice = tiles.of(tiles.FLASH_TPU)  # log_total lies as the forward's tiles do
+    choice = tiles.of(tiles.FLASH_TPU_BACKWARD)
     layout, (batch, num_tokens, _, key_size), groups = _layout(q, key_pages, value_pages, choice), q.shape, key_pages.shape[2]
     num_blocks = key_pages.shape[0] // batch
     programs, *ranges = _programs(start, stop, layout)
     rows = [_bound_rows(x, layout) for x in (start, stop)]
-    numbers = [log_total, _head_rows(delta, layout, groups)]
+    numbers = [_head_rows(x, layout, groups) for x in (log_total, delta)]
     queries, d_out, keys, values = (_flat(x) for x in (_whole(q, layout.tokens), _whole(d_out, layout.tokens), key_pages, value_pages))
     flops = 2 * q.size * num_blocks * KEY_BLOCK * (2 + layout.value_size / key_size)
     specs, pages = _Specs(layout, lambda b, i, s, first, last: i), _pages_of_step(layout, programs, num_blocks)

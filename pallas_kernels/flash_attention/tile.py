@@ -75,10 +75,11 @@ def block_range(start: jax.Array, stop: jax.Array, size: int = KEY_BLOCK) -> tup
 def seen(start: jax.Array, stop: jax.Array, first: jax.Array, axis: int = 1, size: int = KEY_BLOCK) -> jax.Array:
     """Return which keys of a block that begins with key `first` the rows see; the keys are on `axis`.
 
-    The bounds are columns [..., R, 1], or rows [..., 1, R] for axis 0.
+    The bounds are columns [..., R, 1], or as wide as the scores, or rows [..., 1, R] for axis 0.
     """
-    shape = (start.shape[-2], size) if axis else (size, start.shape[-1])
-    key = lax.broadcasted_iota(jnp.int32, shape, axis)
+    key = lax.broadcasted_iota(jnp.int32, (1, size) if axis else (size, 1), axis)
+    if start.shape[axis - 2] == size:  # bounds as wide as the scores
+        return (key + first >= start) & (key + first < stop)
     return (key >= start - first) & (key < stop - first)
 
 
@@ -97,7 +98,8 @@ def scores(q: jax.Array, k: jax.Array, seen: jax.Array, dot: Callable = product)
 
 def power_of_two(exponent: jax.Array) -> jax.Array:
     """Return 2**exponent, exactly, for integers <= 0; what would be subnormal is 0."""
-    return lax.bitcast_convert_type((jnp.maximum(exponent, -127).astype(jnp.int32) + 127) << 23, jnp.float32)
+    biased = jnp.maximum(exponent, -127.0) + (127.0 + 2.0**23)  # its last bits are those of exponent + 127
+    return lax.bitcast_convert_type(lax.bitcast_convert_type(biased, jnp.int32) << 23, jnp.float32)
 
 
 def add_block(softmax: Softmax, scores: jax.Array, v: jax.Array, words: Words = PLAIN) -> Softmax:
