@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from pallas_kernels import GRID
+from pallas_kernels import GRID, tiles
 from pallas_kernels.aot.case import CompileCase
 
 
@@ -35,6 +35,26 @@ TEST_CASES = {
 }
 
 BENCH_CASES = {f"T{length}": Case(1, length, 4, 1, 128) for length in (512, 1024, 4096)}
+BENCH_GPU_CASES = {f"({T}, {H}, 128)": Case(1, T, H, 4, 128) for T, H in ((8192, 16), (8192, 32), (32768, 16))}
+
+
+class CacheCase(NamedTuple):
+    """Queries at the end of a cache: slots, tokens of each, keys of each before and with them, heads, whether the keys are in pages."""
+
+    slots: int
+    T: int
+    S: int
+    H: int
+    G: int = 4
+    K: int = 128
+    paged: bool = True
+
+
+BENCH_DECODE_CASES = {"decode 8 on 4096": CacheCase(8, 1, 4096, 4, 1)}
+BENCH_GPU_DECODE_CASES = {
+    f"decode {slots} on {S}, {H}": CacheCase(slots, 1, S, H)
+    for slots, S, H in ((64, 8192, 16), (64, 8192, 32), (1, 32768, 16), (1, 524288, 16))
+}
 
 
 class Inputs(NamedTuple):
@@ -67,16 +87,12 @@ def inputs(case: Case, dtype: DTypeLike, seed: int = 0) -> Inputs:
     return Inputs(q, k, v, *(jnp.asarray(x) for x in bounds(case)))
 
 
-class CacheCase(NamedTuple):
-    """Queries at the end of a cache: slots, tokens of each, keys of each before and with them, heads, whether the keys are in pages."""
-
-    slots: int
-    T: int
-    S: int
-    H: int
-    G: int = 4
-    K: int = 128
-    paged: bool = True
+def cache_inputs(case: CacheCase, dtype: DTypeLike) -> Inputs:
+    """Return random queries that see all keys but those of the tokens behind them; made where they are used."""
+    token, keys = (case.slots, case.T, case.H, case.K), (case.slots, case.S, case.G, case.K)
+    make = jax.jit(lambda seeds: [jax.random.normal(seed, shape, dtype) for seed, shape in zip(seeds, (token, keys, keys), strict=True)])
+    stop = jnp.broadcast_to(case.S - case.T + 1 + jnp.arange(case.T, dtype=jnp.int32), (case.slots, case.T))
+    return Inputs(*make(jax.random.split(jax.random.key(0), 3)), jnp.zeros_like(stop), stop)
 
 
 COMPILE_TRAINING = {
@@ -122,7 +138,7 @@ def _compile_training(kernel: str, name: str, case: Case, implementation: str, t
     arguments: tuple[Any, ...] = (bf16(case.H), bf16(case.G), bf16(case.G), bound, bound)
     products = 2 * case.B * case.H * case.T * (case.T + 1) / 2 * case.K  # FLOPs of one product under the mask
     moved = 2 * case.B * case.T * case.K * 2 * (case.H + case.G)
-    blocks = case.T // GRID
+    dq, dkv = tiles.FLASH_GPU_QUERY["h200"], tiles.FLASH_GPU_KEY_VALUE["h200"]
     return CompileCase(
         kernel=f"flash_attention.{kernel}",
         shape=name,
@@ -130,10 +146,15 @@ def _compile_training(kernel: str, name: str, case: Case, implementation: str, t
         program=gradients if backward else op,
         arguments=(*arguments, bf16(case.H)) if backward else arguments,
         bytes=3 * moved if backward else moved,
-        flops=(2 + 7 if backward else 2) * products,  # the gradient's program has the forward in it
+        flops=(2 + 5 if backward else 2) * products,  # the gradient's program has the forward in it
+        floor_ratio=(1.5 if backward else 1.75) if implementation == "pallas_gpu" else None,
         instruction=WGMMA if implementation == "pallas_gpu" else None,
         quick=case.T == 8192 and case.H == 16 and implementation == "pallas_gpu",
-        turns={"flash_forward": (blocks + 1) // 2, "flash_dq": (blocks + 1) // 2, "flash_dkv": case.T // 2 * case.H // case.G // 64},
+        turns={
+            "flash_forward": case.T // 2 // GRID,
+            "flash_dq": case.T // 2 // dq.keys,
+            "flash_dkv": case.T // 2 * case.H // case.G // dkv.rows,
+        },
     )
 
 
@@ -144,6 +165,7 @@ def _compile_cache(name: str, case: CacheCase, implementation: str, targets: tup
     blocks, bf16 = case.S // GRID, lambda *shape: jax.ShapeDtypeStruct(shape, jnp.bfloat16)
     keys = (case.slots * blocks, GRID) if case.paged else (case.slots, case.S)
     table = [jax.ShapeDtypeStruct((case.slots, blocks), jnp.int32)] if case.paged else []
+    on_gpu = 1.2 if case.T == 1 else 1.75
     bound, q = jax.ShapeDtypeStruct((case.slots, case.T), jnp.int32), bf16(case.slots, case.T, case.H, case.K)
     return CompileCase(
         kernel=f"flash_attention.{'decode' if case.T == 1 else 'prefill'}",
@@ -153,6 +175,8 @@ def _compile_cache(name: str, case: CacheCase, implementation: str, targets: tup
         arguments=(q, bf16(*keys, case.G, case.K), bf16(*keys, case.G, case.K), *table, bound, bound),
         bytes=4 * case.slots * case.K * (case.S * case.G + case.T * case.H),
         flops=4 * case.slots * case.T * case.H * case.S * case.K,
+        # A lone slot is as many programs as there are key heads: no sum is split.
+        floor_ratio=None if case.slots == 1 and case.T == 1 else on_gpu if implementation == "pallas_gpu" else None,
         instruction=WGMMA if implementation == "pallas_gpu" else None,
         quick=case.T == 1 and case.H == 16 and case.paged and case.slots == 64,
         turns={"flash_forward": blocks},

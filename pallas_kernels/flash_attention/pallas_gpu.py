@@ -80,16 +80,20 @@ def _query_tile(num_tiles: int) -> jax.Array:
     return num_tiles - 1 - lax.rem(pl.program_id(0), jnp.int32(num_tiles))
 
 
-def _key_blocks(bounds, table, key_ref, value_ref, add, carry):
-    """The carry after add(carry, k, v, seen) for the blocks that the rows see, in order; `table`: the page table's row, if there is one."""
-    start, stop = bounds
-    first, last = tile.block_range(start, stop)
+def _key_blocks(bounds, table, key_ref, value_ref, add, carry, keys: int = KEY_BLOCK):
+    """The carry after add(carry, k, v, seen) for the blocks of so many keys that the rows see, in order.
+
+    `table` holds the page table's row, if there is one.
+    """
+    (start, stop), parts = bounds, KEY_BLOCK // keys
 
     def turn(block, carry):
-        page = table[0][block] if table else block
-        return add(carry, key_ref[page], value_ref[page], tile.seen(start[:, None], stop[:, None], block))
+        page, part = lax.div(block, jnp.int32(parts)), lax.rem(block, jnp.int32(parts))
+        page, part = table[0][page] if table else page, pl.ds(part * keys, keys)
+        seen = tile.seen(start[:, None], stop[:, None], block * keys, size=keys)
+        return add(carry, key_ref[page, part, :], value_ref[page, part, :], seen)
 
-    return lax.fori_loop(first, last, turn, carry)
+    return lax.fori_loop(*tile.block_range(start, stop, keys), turn, carry)
 
 
 def _forward_kernel(start_ref, stop_ref, q_ref, key_ref, value_ref, *refs, num_rows, num_tiles):
@@ -108,26 +112,27 @@ def _forward_kernel(start_ref, stop_ref, q_ref, key_ref, value_ref, *refs, num_r
     rows.store_column(log_ref, log_total)
 
 
-def _query_kernel(start_ref, stop_ref, q_ref, key_ref, value_ref, d_out_ref, log_ref, delta_ref, dq_ref, *, num_rows, num_tiles):
+def _query_kernel(start_ref, stop_ref, q_ref, key_ref, value_ref, d_out_ref, log_ref, delta_ref, dq_ref, *, num_rows, num_tiles, keys):
     """The gradient of a tile of query rows."""
     rows = _Rows(_query_tile(num_tiles), num_rows, q_ref)
     q, d_out = rows.load(q_ref), rows.load(d_out_ref)
     log_total, delta = (rows.load_column(ref)[:, None] for ref in (log_ref, delta_ref))
 
     def add(dq, k, v, seen):
-        _, d_scores = tile.gradients(tile.scores(q, k, seen, _dot), _dot(d_out, v, (1, 1)), log_total, delta, q.shape[1], _words())
+        _, d_scores = tile.gradients(tile.scores(q, k, seen, _dot), _dot(d_out, v, (1, 1)), log_total, delta, _words())
         return _dot(dot_cast(d_scores, k.dtype), k, (1, 0), dq)
 
     bounds = rows.bounds(start_ref, stop_ref)
-    rows.store(dq_ref, _key_blocks(bounds, [], key_ref, value_ref, add, jnp.zeros(q.shape, jnp.float32)))
+    dq = _key_blocks(bounds, [], key_ref, value_ref, add, jnp.zeros(q.shape, jnp.float32), keys)
+    rows.store(dq_ref, q.shape[1] ** -0.5 * dq)
 
 
 def _key_value_kernel(
     first_ref, last_ref, start_ref, stop_ref, q_ref, key_ref, value_ref, d_out_ref, log_ref, delta_ref, dk_ref, dv_ref, *, num_rows
 ):
     """The gradients of a block of keys and values, from the tiles of query rows that see it; the scores are transposed."""
-    block = lax.rem(pl.program_id(0), jnp.int32(first_ref.shape[0]))
-    k, v = key_ref[...], value_ref[...]
+    k, v, block = key_ref[...], value_ref[...], lax.rem(pl.program_id(0), jnp.int32(first_ref.shape[0]))
+    first_key = block * k.shape[0]
 
     def turn(index, gradients):
         dk, dv = gradients
@@ -135,14 +140,14 @@ def _key_value_kernel(
         q, d_out = rows.load(q_ref), rows.load(d_out_ref)
         log_total, delta = (rows.load_column(ref)[None] for ref in (log_ref, delta_ref))
         start, stop = rows.bounds(start_ref, stop_ref)
-        scores = tile.scores(k, q, tile.seen(start[None], stop[None], block, axis=0), _dot)
-        both = tile.gradients(scores, _dot(v, d_out, (1, 1)), log_total, delta, q.shape[1], _words())
+        scores = tile.scores(k, q, tile.seen(start[None], stop[None], first_key, axis=0, size=k.shape[0]), _dot)
+        both = tile.gradients(scores, _dot(v, d_out, (1, 1)), log_total, delta, _words())
         weights, d_scores = (dot_cast(x, q.dtype) for x in both)
         return _dot(d_scores, q, (1, 0), dk), _dot(weights, d_out, (1, 0), dv)
 
     zeros = jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
     dk, dv = lax.fori_loop(first_ref[block], last_ref[block], turn, zeros)
-    dk_ref[...], dv_ref[...] = dk.astype(dk_ref.dtype), dv.astype(dv_ref.dtype)
+    dk_ref[...], dv_ref[...] = (k.shape[1] ** -0.5 * dk).astype(dk_ref.dtype), dv.astype(dv_ref.dtype)
 
 
 def _check(q, key_pages, value_pages) -> None:
@@ -187,9 +192,12 @@ class _Specs:
         shape = (num or x.shape[0], KEY_BLOCK, None, x.shape[3])
         return pl.BlockSpec(shape, self.at(lambda b, g, i: (b if num else 0, 0, g, 0)))
 
-    def page(self, x, num: int) -> pl.BlockSpec:
-        """Page `index` of the `num` of a batch row."""
-        return pl.BlockSpec((None, KEY_BLOCK, None, x.shape[3]), self.at(lambda b, g, i: (b * num + i, 0, g, 0)))
+    def keys(self, x, num: int, size: int) -> pl.BlockSpec:
+        """Part `index` of a batch row's `num` pages, so many keys."""
+        parts = KEY_BLOCK // size
+        page = lambda i: (lax.div(i, jnp.int32(parts)), lax.rem(i, jnp.int32(parts)))
+        at = lambda b, g, page, part: (b * num + page, part, g, 0)
+        return pl.BlockSpec((None, size, None, x.shape[3]), self.at(lambda b, g, i: at(b, g, *page(i))))
 
 
 def _call(kernel, name: str, programs: int, specs, arrays, outs, choice: tiles.FlashGpu, flops: float):
@@ -247,7 +255,7 @@ def _backward(q, key_pages, value_pages, start, stop, d_out, log_total, delta):
     specs = _Specs(q, num_tiles)
     tokens = lambda specs: (specs.tokens(value_size), specs.tokens(), specs.tokens())
     (dq,) = _call(
-        functools.partial(_query_kernel, num_rows=choice.rows, num_tiles=num_tiles),
+        functools.partial(_query_kernel, num_rows=choice.rows, num_tiles=num_tiles, keys=choice.keys),
         "flash_dq",
         batch * groups * num_tiles,
         [
@@ -259,16 +267,18 @@ def _backward(q, key_pages, value_pages, start, stop, d_out, log_total, delta):
         choice,
         2 * q.size * (2 * shape[3] + value_size),
     )
-    choice, specs = _choice(q, tiles.FLASH_GPU_KEY_VALUE), _Specs(q, num)
-    ranges = pallas.query_ranges(start, stop, choice.rows // q.shape[3], num)
-    page = specs.page(key_pages, num), specs.page(value_pages, num)
+    choice = _choice(q, tiles.FLASH_GPU_KEY_VALUE)
+    num_parts = num * KEY_BLOCK // choice.keys
+    specs = _Specs(q, num_parts)
+    ranges = pallas.query_ranges(start, stop, choice.rows // q.shape[3], num_parts, choice.keys)
+    part = [specs.keys(x, num, choice.keys) for x in (key_pages, value_pages)]
     dk, dv = _call(
         functools.partial(_key_value_kernel, num_rows=choice.rows),
         "flash_dkv",
-        batch * groups * num,
+        batch * groups * num_parts,
         [
-            *(specs.table(num), specs.table(num), specs.bounds, specs.bounds, specs.tokens(shape[3]), *page),
-            *(*tokens(specs), *page),
+            *(specs.table(num_parts), specs.table(num_parts), specs.bounds, specs.bounds, specs.tokens(shape[3]), *part),
+            *(*tokens(specs), *part),
         ],
         (*ranges, *arrays),
         [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (key_pages, value_pages)],

@@ -56,7 +56,8 @@ def _layout(q, key_pages, value_pages, choice: tiles.FlashTpu) -> _Layout:
     programs = batch * pl.cdiv(num_tokens, positions * num_tiles)
     most = max(1, groups // choice.cores) if programs % choice.cores else groups  # every core gets as many programs as the others
     group = next(d for d in range(min(most, choice.heads), 0, -1) if groups % d == 0)
-    return _Layout(positions, repeat, group, num_tiles, choice.blocks, key_size, value_size)
+    blocks = choice.blocks if num_tiles > 1 else choice.decode_blocks
+    return _Layout(positions, repeat, group, num_tiles, blocks, key_size, value_size)
 
 
 def _words() -> tile.Words:
@@ -65,24 +66,32 @@ def _words() -> tile.Words:
     return tile.Words(largest=lambda x: x.max(-1, keepdims=True), total=total, spread=lambda x: x)
 
 
-def _read_rows(ref, n: int, layout: _Layout) -> jax.Array:
-    """Tile n of a block [1, tokens, heads x size], as [group, R, size]."""
-    at, size = slice(n * layout.positions, (n + 1) * layout.positions), ref.shape[2] // (layout.group * layout.repeat)
-    head = lambda g, r: ref[0, at, (g * layout.repeat + r) * size : (g * layout.repeat + r + 1) * size]
-    return jnp.stack([jnp.concatenate([head(g, r) for r in range(layout.repeat)]) for g in range(layout.group)])
+def _units(layout: _Layout) -> list[tuple[int, int]]:
+    """A program's tiles and key heads: one after another, as the arrays of one fill a good part of the registers."""
+    return [(n, g) for n in range(layout.tiles) for g in range(layout.group)]
 
 
-def _write_rows(ref, n: int, layout: _Layout, x: jax.Array) -> None:
-    at, size = slice(n * layout.positions, (n + 1) * layout.positions), x.shape[2]
-    for h in range(layout.group * layout.repeat):
-        group, first = h // layout.repeat, h % layout.repeat * layout.positions
-        ref[0, at, h * size : (h + 1) * size] = x[group, first : first + layout.positions].astype(ref.dtype)
-
-
-def _read_page(ref, group: int) -> jax.Array:
-    """A block [1, KEY_BLOCK, group x size] as [group, KEY_BLOCK, size]."""
+def _head(ref, g: int, group: int) -> slice:
+    """The lanes of head g of the `group` that a block's lanes hold."""
     size = ref.shape[2] // group
-    return jnp.stack([ref[0, :, g * size : (g + 1) * size] for g in range(group)])
+    return slice(g * size, (g + 1) * size)
+
+
+def _read_rows(ref, n: int, g: int, layout: _Layout) -> jax.Array:
+    """The rows of tile n and key head g of a block [1, tokens, heads x size]."""
+    at, heads = slice(n * layout.positions, (n + 1) * layout.positions), layout.group * layout.repeat
+    return jnp.concatenate([ref[0, at, _head(ref, g * layout.repeat + r, heads)] for r in range(layout.repeat)])
+
+
+def _write_rows(ref, n: int, g: int, layout: _Layout, x: jax.Array) -> None:
+    at, heads = slice(n * layout.positions, (n + 1) * layout.positions), layout.group * layout.repeat
+    for r in range(layout.repeat):
+        ref[0, at, _head(ref, g * layout.repeat + r, heads)] = x[r * layout.positions : (r + 1) * layout.positions].astype(ref.dtype)
+
+
+def _read_head(ref, g: int, layout: _Layout) -> jax.Array:
+    """The keys or values of key head g of a block [1, KEY_BLOCK, group x size]."""
+    return ref[0, :, _head(ref, g, layout.group)]
 
 
 def _column(row: jax.Array) -> jax.Array:
@@ -120,22 +129,21 @@ def _forward_kernel(first_ref, last_ref, *refs, layout: _Layout):
 
     @pl.when(live)
     def _live():
-        for n in range(layout.tiles):
-            q, softmax = _read_rows(q_ref, n, layout), Softmax(*(ref[n] for ref in softmax_refs))
-            seen = [tile.seen(start_ref[n], stop_ref[n], block + i) for i in range(layout.blocks)]
-            scores = [tile.scores(q, _read_page(ref, layout.group), inside) for ref, inside in zip(keys, seen, strict=True)]
-            for ref, x in zip(values, scores, strict=True):
-                softmax = tile.add_block(softmax, x, _read_page(ref, layout.group), _words())
+        for n, g in _units(layout):
+            q, softmax = _read_rows(q_ref, n, g, layout), Softmax(*(ref[n, g] for ref in softmax_refs))
+            for i, (key_ref, value_ref) in enumerate(zip(keys, values, strict=True)):
+                seen = tile.seen(start_ref[n], stop_ref[n], (block + i) * KEY_BLOCK)
+                scores = tile.scores(q, _read_head(key_ref, g, layout), seen)
+                softmax = tile.add_block(softmax, scores, _read_head(value_ref, g, layout), _words())
             for ref, x in zip(softmax_refs, softmax, strict=True):
-                ref[n] = x
+                ref[n, g] = x
 
     @_last_step()
     def _last():
-        for n in range(layout.tiles):
-            out, log_total = tile.finish(Softmax(*(ref[n] for ref in softmax_refs)), _words())
-            _write_rows(o_ref, n, layout, out)
-            for g in range(layout.group):
-                log_ref[0, g, n] = jnp.broadcast_to(log_total[g], (layout.rows, KEY_BLOCK)).T[:1]
+        for n, g in _units(layout):
+            out, log_total = tile.finish(Softmax(*(ref[n, g] for ref in softmax_refs)), _words())
+            _write_rows(o_ref, n, g, layout, out)
+            log_ref[0, g, n] = jnp.broadcast_to(log_total, (layout.rows, KEY_BLOCK)).T[:1]
 
 
 def _query_kernel(first_ref, last_ref, q_ref, *refs, layout: _Layout):
@@ -150,24 +158,25 @@ def _query_kernel(first_ref, last_ref, q_ref, *refs, layout: _Layout):
             for ref, row in zip((start_ref, stop_ref), rows_in, strict=True):
                 ref[n] = _column(row[0, n])
             for ref, row in ((log_ref, log_in), (delta_ref, delta_in)):
-                ref[n] = jnp.stack([_column(row[0, g, n]) for g in range(layout.group)])
+                for g in range(layout.group):
+                    ref[n, g] = _column(row[0, g, n])
         dq_ref[...] = jnp.zeros(dq_ref.shape, jnp.float32)
 
     @pl.when(live)
     def _live():
-        for n in range(layout.tiles):
-            q, d_out, dq = _read_rows(q_ref, n, layout), _read_rows(d_out_ref, n, layout), dq_ref[n]
+        for n, g in _units(layout):
+            q, d_out, dq = _read_rows(q_ref, n, g, layout), _read_rows(d_out_ref, n, g, layout), dq_ref[n, g]
             for i, (key_ref, value_ref) in enumerate(zip(keys, values, strict=True)):
-                k, v = _read_page(key_ref, layout.group), _read_page(value_ref, layout.group)
-                scores = tile.scores(q, k, tile.seen(start_ref[n], stop_ref[n], block + i))
-                _, d_scores = tile.gradients(scores, tile.product(d_out, v, (1, 1)), log_ref[n], delta_ref[n], layout.key_size)
+                k, v = _read_head(key_ref, g, layout), _read_head(value_ref, g, layout)
+                scores = tile.scores(q, k, tile.seen(start_ref[n], stop_ref[n], (block + i) * KEY_BLOCK))
+                _, d_scores = tile.gradients(scores, tile.product(d_out, v, (1, 1)), log_ref[n, g], delta_ref[n, g])
                 dq = tile.product(dot_cast(d_scores, k.dtype), k, (1, 0), dq)
-            dq_ref[n] = dq
+            dq_ref[n, g] = dq
 
     @_last_step()
     def _last():
-        for n in range(layout.tiles):
-            _write_rows(out_ref, n, layout, dq_ref[n])
+        for n, g in _units(layout):
+            _write_rows(out_ref, n, g, layout, layout.key_size**-0.5 * dq_ref[n, g])
 
 
 def _key_value_kernel(first_ref, last_ref, q_ref, key_ref, value_ref, *refs, layout: _Layout):
@@ -181,22 +190,21 @@ def _key_value_kernel(first_ref, last_ref, q_ref, key_ref, value_ref, *refs, lay
 
     @pl.when(live)
     def _live():
-        k, v = _read_page(key_ref, layout.group), _read_page(value_ref, layout.group)
-        dk, dv = dk_ref[...], dv_ref[...]
-        for n in range(layout.tiles):
-            q, d_out = _read_rows(q_ref, n, layout), _read_rows(d_out_ref, n, layout)
-            scores = tile.scores(k, q, tile.seen(start_ref[0, n], stop_ref[0, n], block, axis=0))
-            both = tile.gradients(scores, tile.product(v, d_out, (1, 1)), log_ref[0, :, n], delta_ref[0, :, n], layout.key_size)
-            weights, d_scores = (dot_cast(x, q.dtype) for x in both)
-            dk, dv = tile.product(d_scores, q, (1, 0), dk), tile.product(weights, d_out, (1, 0), dv)
-        dk_ref[...], dv_ref[...] = dk, dv
+        for g in range(layout.group):
+            k, v, dk, dv = _read_head(key_ref, g, layout), _read_head(value_ref, g, layout), dk_ref[g], dv_ref[g]
+            for n in range(layout.tiles):
+                q, d_out = _read_rows(q_ref, n, g, layout), _read_rows(d_out_ref, n, g, layout)
+                scores = tile.scores(k, q, tile.seen(start_ref[0, n], stop_ref[0, n], block * KEY_BLOCK, axis=0))
+                both = tile.gradients(scores, tile.product(v, d_out, (1, 1)), log_ref[0, g, n], delta_ref[0, g, n])
+                weights, d_scores = (dot_cast(x, q.dtype) for x in both)
+                dk, dv = tile.product(d_scores, q, (1, 0), dk), tile.product(weights, d_out, (1, 0), dv)
+            dk_ref[g], dv_ref[g] = dk, dv
 
     @_last_step()
     def _last():
-        for out, ref in ((key_out, dk_ref), (value_out, dv_ref)):
-            for g in range(layout.group):
-                size = ref.shape[2]
-                out[0, :, g * size : (g + 1) * size] = ref[g].astype(out.dtype)
+        for g in range(layout.group):
+            key_out[0, :, _head(key_out, g, layout.group)] = (layout.key_size**-0.5 * dk_ref[g]).astype(key_out.dtype)
+            value_out[0, :, _head(value_out, g, layout.group)] = dv_ref[g].astype(value_out.dtype)
 
 
 def _whole(x: jax.Array, tokens: int) -> jax.Array:
@@ -217,7 +225,7 @@ def _head_rows(x: jax.Array, layout: _Layout, groups: int) -> jax.Array:
 
 
 class _Specs:
-    """Block specs: `tokens` of heads, `bounds` and `numbers` as rows, pages. index(b, i, s, first, last) is tiles of a program's step."""
+    """Block specs: `tokens` of heads, `bounds` and `numbers` as rows, pages; index(b, i, s, first, last) says which tiles a step has."""
 
     def __init__(self, layout: _Layout, index):
         at, tiled = layout.repeat * layout.group, lambda b, g, i, s, first, last, *_: index(b, i, s, first, last)
@@ -315,16 +323,18 @@ def _forward(q, key_pages, value_pages, page_table, start, stop):
         choice,
         2 * q.size * num_blocks * KEY_BLOCK * (1 + layout.value_size / layout.key_size),
     )
-    return out[:, :num_tokens].reshape(batch, num_tokens, heads, -1), log_total
+    log_total = log_total.reshape(batch, groups, -1, layout.repeat, layout.positions).transpose(0, 2, 4, 1, 3)
+    log_total = log_total.reshape(batch, -1, heads)
+    return out[:, :num_tokens].reshape(batch, num_tokens, heads, -1), log_total[:, :num_tokens]
 
 
 def _backward(q, key_pages, value_pages, start, stop, d_out, log_total, delta):
-    choice = tiles.of(tiles.FLASH_TPU)  # log_total lies as the forward's tiles do
-    layout, (batch, num_tokens, _heads, key_size), groups = _layout(q, key_pages, value_pages, choice), q.shape, key_pages.shape[2]
+    choice = tiles.of(tiles.FLASH_TPU_BACKWARD)
+    layout, (batch, num_tokens, _, key_size), groups = _layout(q, key_pages, value_pages, choice), q.shape, key_pages.shape[2]
     num_blocks = key_pages.shape[0] // batch
     programs, *ranges = _programs(start, stop, layout)
     rows = [_bound_rows(x, layout) for x in (start, stop)]
-    numbers = [log_total, _head_rows(delta, layout, groups)]
+    numbers = [_head_rows(x, layout, groups) for x in (log_total, delta)]
     queries, d_out, keys, values = (_flat(x) for x in (_whole(q, layout.tokens), _whole(d_out, layout.tokens), key_pages, value_pages))
     flops = 2 * q.size * num_blocks * KEY_BLOCK * (2 + layout.value_size / key_size)
     specs, pages = _Specs(layout, lambda b, i, s, first, last: i), _pages_of_step(layout, programs, num_blocks)

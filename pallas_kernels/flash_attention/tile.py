@@ -64,18 +64,22 @@ class Words(NamedTuple):
 PLAIN = Words()
 
 
-def block_range(start: jax.Array, stop: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Return the first and one past the last key block that any of the rows sees whose bounds stand on the last axis."""
+def block_range(start: jax.Array, stop: jax.Array, size: int = KEY_BLOCK) -> tuple[jax.Array, jax.Array]:
+    """Return the first and one past the last block of keys that any of the rows sees whose bounds stand on the last axis."""
     none = stop <= start
     first = jnp.where(none, jnp.iinfo(jnp.int32).max, start).min(-1)
-    last = jnp.where(none, 0, stop).max(-1) + (KEY_BLOCK - 1)
-    return lax.div(first, jnp.int32(KEY_BLOCK)), lax.div(last, jnp.int32(KEY_BLOCK))
+    last = jnp.where(none, 0, stop).max(-1) + (size - 1)
+    return lax.div(first, jnp.int32(size)), lax.div(last, jnp.int32(size))
 
 
-def seen(start: jax.Array, stop: jax.Array, block: jax.Array, axis: int = 1) -> jax.Array:
-    """Return which keys of a block, on `axis`, the rows see, whose bounds are columns [..., R, 1], or rows [..., 1, R] for axis 0."""
-    shape = (start.shape[-2], KEY_BLOCK) if axis else (KEY_BLOCK, start.shape[-1])
-    key, first = lax.broadcasted_iota(jnp.int32, shape, axis), block * KEY_BLOCK
+def seen(start: jax.Array, stop: jax.Array, first: jax.Array, axis: int = 1, size: int = KEY_BLOCK) -> jax.Array:
+    """Return which keys of a block that begins with key `first` the rows see; the keys are on `axis`.
+
+    The bounds are columns [..., R, 1], or as wide as the scores, or rows [..., 1, R] for axis 0.
+    """
+    key = lax.broadcasted_iota(jnp.int32, (1, size) if axis else (size, 1), axis)
+    if start.shape[axis - 2] == size:  # bounds as wide as the scores
+        return (key + first >= start) & (key + first < stop)
     return (key >= start - first) & (key < stop - first)
 
 
@@ -94,7 +98,8 @@ def scores(q: jax.Array, k: jax.Array, seen: jax.Array, dot: Callable = product)
 
 def power_of_two(exponent: jax.Array) -> jax.Array:
     """Return 2**exponent, exactly, for integers <= 0; what would be subnormal is 0."""
-    return lax.bitcast_convert_type((jnp.maximum(exponent, -127).astype(jnp.int32) + 127) << 23, jnp.float32)
+    biased = jnp.maximum(exponent, -127.0) + (127.0 + 2.0**23)  # its last bits are those of exponent + 127
+    return lax.bitcast_convert_type(lax.bitcast_convert_type(biased, jnp.int32) << 23, jnp.float32)
 
 
 def add_block(softmax: Softmax, scores: jax.Array, v: jax.Array, words: Words = PLAIN) -> Softmax:
@@ -113,11 +118,11 @@ def finish(softmax: Softmax, words: Words = PLAIN) -> tuple[jax.Array, jax.Array
     return softmax.out / words.spread(total), jnp.where(some, softmax.maximum + jnp.log2(total), 0.0)
 
 
-def gradients(scores: jax.Array, d_weights: jax.Array, log_total: jax.Array, delta: jax.Array, key_size: int, words: Words = PLAIN):
-    """Return the weights of a block and the gradients of its products Q K^T, of the shape of the scores, which may be transposed.
+def gradients(scores: jax.Array, d_weights: jax.Array, log_total: jax.Array, delta: jax.Array, words: Words = PLAIN):
+    """Return the weights of a block and the gradients of its scaled products, of the shape of the scores, which may be transposed.
 
-    d_weights is dO V^T, delta the rows' sums of dO O; it and log_total are laid beside the keys already. Then dV = P^T dO, dQ = dS K and
-    dK = dS^T Q, each summed over the blocks or rows.
+    d_weights is dO V^T, delta the rows' sums of dO O; it and log_total are laid beside the keys already. With the weights P and these
+    gradients dS, dV = P^T dO, dQ = K**-0.5 dS K and dK = K**-0.5 dS^T Q, summed over the blocks or rows before they are scaled.
     """
     weights = words.exp2(scores - log_total)
-    return weights, key_size**-0.5 * weights * (d_weights - delta)
+    return weights, weights * (d_weights - delta)

@@ -60,7 +60,7 @@ def _forward_tiles(q, block_of: Callable, groups: int, value_size: int, start, s
         q, start, stop = inputs
 
         def key_block(index, softmax):
-            softmax, q_, (k, v), seen = pin((softmax, q, block_of(index), tile.seen(start, stop, index)), aligned)
+            softmax, q_, (k, v), seen = pin((softmax, q, block_of(index), tile.seen(start, stop, index * KEY_BLOCK)), aligned)
             return pin(tile.add_block(softmax, tile.scores(q_, k, seen), v), aligned)
 
         first, last = tile.block_range(start.reshape(-1), stop.reshape(-1))
@@ -93,16 +93,16 @@ def _backward(positions, aligned, residuals, d_out):
     num_tokens = q.shape[1]
     delta = (d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1, keepdims=True)  # [B, T, H, 1]
     q, d_out, log_total, delta, start, stop = (grow(x) for x in (q, d_out.astype(q.dtype), log_total, delta, start, stop))
-    k, v = _blocks(k), _blocks(v)
+    k, v, scale = _blocks(k), _blocks(v), q.shape[-1] ** -0.5
 
     def query_tile(carry, inputs):
         q, d_out, log_total, delta, start, stop = inputs
 
         def key_block(index, carry):
             dq, dk, dv = carry
-            keys, values, seen = _block(k, index), _block(v, index), tile.seen(start, stop, index)
+            keys, values, seen = _block(k, index), _block(v, index), tile.seen(start, stop, index * KEY_BLOCK)
             scores, d_weights = tile.scores(q, keys, seen), tile.product(d_out, values, (1, 1))
-            weights, d_scores = (dot_cast(x, q.dtype) for x in tile.gradients(scores, d_weights, log_total, delta, q.shape[-1]))
+            weights, d_scores = (dot_cast(x, q.dtype) for x in tile.gradients(scores, d_weights, log_total, delta))
 
             def add(total, x):
                 x = (_block(total, index) + x).swapaxes(1, 2)
@@ -113,13 +113,13 @@ def _backward(positions, aligned, residuals, d_out):
 
         first, last = tile.block_range(start.reshape(-1), stop.reshape(-1))
         dq, dk, dv = lax.fori_loop(first, last, key_block, (jnp.zeros(q.shape), *carry))
-        return (dk, dv), dq.astype(q.dtype)
+        return (dk, dv), (scale * dq).astype(q.dtype)
 
     per_row = (_query_tiles(x, positions, groups) for x in (q, d_out, log_total, delta))
     bounds = (_row_bounds(x, positions, repeat) for x in (start, stop))
     (dk, dv), dq = lax.scan(query_tile, (jnp.zeros(k.shape), jnp.zeros(v.shape)), (*per_row, *bounds))
     dq = _from_query_tiles(dq, positions)[:, :num_tokens]
-    return dq, dk[:, :num_keys].astype(k.dtype), dv[:, :num_keys].astype(v.dtype), None, None
+    return dq, (scale * dk[:, :num_keys]).astype(k.dtype), dv[:, :num_keys].astype(v.dtype), None, None
 
 
 _flash.defvjp(_forward, _backward)

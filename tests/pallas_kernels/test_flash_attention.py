@@ -10,14 +10,40 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pallas_kernels import GRID
-from pallas_kernels.flash_attention import flash_attention, reference
+from pallas_kernels.flash_attention import flash_attention, flash_attention_paged, reference
 from pallas_kernels.flash_attention.cases import TEST_CASES, Case, Inputs, inputs
 from tests.pallas_kernels.programs import DTYPES, in_float64, jit, random_like, with_gradients
 from tests.pallas_kernels.tolerances import assert_close, assert_same_bits
 
-aligned = jit(functools.partial(flash_attention, aligned=True))
-PROMPT = Case(2, 333, 4, 2, 16, V=24)
+MODES = {
+    "fast": {"aligned": False, "implementation": "xla"},
+    "aligned": {"aligned": True, "implementation": "xla"},
+    "pallas_tpu": {"implementation": "pallas_tpu"},
+    "pallas_gpu": {"implementation": "pallas_gpu"},
+}
+"""How the op is computed; kernels are interpreted here: what they do not write, or read from outside of an array, is NaN there."""
+EXACT = [mode for mode in MODES if mode != "fast"]
+"""Those whose rows have one set of bits."""
+KERNELS = ["pallas_tpu", "pallas_gpu"]
+exact_modes_and_dtypes = pytest.mark.parametrize(
+    ("mode", "dtype"), [("aligned", "fp32"), ("aligned", "bf16"), ("pallas_tpu", "fp32"), ("pallas_gpu", "bf16")]
+)
+"""Interpreted kernels differ from plain JAX in their loads and stores, not in their roundings: one dtype each."""
+PROMPT = Case(2, 333, 4, 2, 16, V=32)
 CACHE = 512
+REFUSED_BY_GPUS = {"heads_not_power_of_two": "head size of 8", "value_size_differs": "head size of 24"}
+
+
+@functools.cache
+def forward(mode):
+    """Return the op as a program."""
+    return jit(functools.partial(flash_attention, **MODES[mode]))
+
+
+@functools.cache
+def paged(mode):
+    """Return the op over pages as a program."""
+    return jit(functools.partial(flash_attention_paged, **MODES[mode]))
 
 
 def truth(differentiable, start, stop, cotangent):
@@ -25,43 +51,59 @@ def truth(differentiable, start, stop, cotangent):
     return with_gradients(lambda q, k, v: reference.flash_attention(q, k, v, start, stop))(differentiable, cotangent)
 
 
-def check(arguments, dtype, is_aligned):
+@functools.cache
+def both(mode):
+    """Return value and gradients as a program of (q, k, v), bounds and cotangent."""
+    f = lambda inputs, start, stop, cotangent: with_gradients(lambda q, k, v: flash_attention(q, k, v, start, stop, **MODES[mode]))(
+        inputs, cotangent
+    )
+    return jit(f)
+
+
+def check(arguments, dtype, mode):
     """Compare value and gradients with the float64 reference; return both."""
     q, k, v, start, stop = arguments
-    f = lambda q, k, v: flash_attention(q, k, v, start, stop, aligned=is_aligned)
-    cotangent = random_like(jax.eval_shape(f, q, k, v))
-    actual = jit(with_gradients(f))((q, k, v), cotangent)
+    cotangent = random_like(jax.ShapeDtypeStruct((*q.shape[:3], v.shape[3]), dtype))
+    actual = both(mode)((q, k, v), start, stop, cotangent)
     assert actual[0].dtype == dtype
     assert_close(actual, in_float64(truth, (q, k, v), start, stop, cotangent), dtype)
     return actual
 
 
-@pytest.mark.parametrize("is_aligned", [False, True])
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", TEST_CASES)
-def test_value_and_gradients(name, dtype, is_aligned):
-    check(inputs(TEST_CASES[name], DTYPES[dtype]), DTYPES[dtype], is_aligned)
+@pytest.mark.parametrize(
+    ("mode", "name", "dtype"),
+    [(mode, name, dtype) for mode in ("fast", "aligned") for name in TEST_CASES for dtype in DTYPES]
+    + [(mode, name, "fp32") for mode in KERNELS for name in TEST_CASES]
+    + [(mode, "segments", "bf16") for mode in KERNELS],
+)
+def test_value_and_gradients(name, dtype, mode):
+    arguments = inputs(TEST_CASES[name], DTYPES[dtype])
+    if mode == "pallas_gpu" and name in REFUSED_BY_GPUS:
+        with pytest.raises(NotImplementedError, match=REFUSED_BY_GPUS[name]):
+            forward(mode)(*arguments)
+    else:
+        check(arguments, DTYPES[dtype], mode)
 
 
-@pytest.mark.parametrize("is_aligned", [False, True])
-def test_queries_without_keys_give_zeros_and_get_no_gradient(is_aligned):
+@pytest.mark.parametrize("mode", MODES)
+def test_queries_without_keys_give_zeros_and_get_no_gradient(mode):
     arguments = inputs(Case(2, 40, 4, 2, 16), jnp.float32)
     nothing = np.arange(40) % 3 == 0
     start, stop = (np.array(x) for x in arguments[3:])
     start[:, nothing], stop[:, nothing] = 7, [[0], [7]]  # stop before start in one row, at start in the other
-    out, (dq, _, _) = check(arguments._replace(start=jnp.array(start), stop=jnp.array(stop)), jnp.float32, is_aligned)
+    out, (dq, _, _) = check(arguments._replace(start=jnp.array(start), stop=jnp.array(stop)), jnp.float32, mode)
     assert not out[:, nothing].any()
     assert not dq[:, nothing].any()
     empty = jnp.zeros_like(arguments.stop)
-    out, gradients = check(arguments._replace(start=empty, stop=empty), jnp.float32, is_aligned)
+    out, gradients = check(arguments._replace(start=empty, stop=empty), jnp.float32, mode)
     assert not out.any()
     assert not any(x.any() for x in gradients)
 
 
-@pytest.mark.parametrize("is_aligned", [False, True])
-def test_large_scores_do_not_overflow(is_aligned):
+@pytest.mark.parametrize("mode", MODES)
+def test_large_scores_do_not_overflow(mode):
     arguments = inputs(TEST_CASES["odd_length"], jnp.float32)
-    out = jit(functools.partial(flash_attention, aligned=is_aligned))(arguments.q * 1e4, *arguments[1:])
+    out = forward(mode)(arguments.q * 1e4, *arguments[1:])
     best = in_float64(reference.flash_attention, arguments.q * 1e4, *arguments[1:])
     np.testing.assert_allclose(out, best, atol=1e-3)  # scores of 1e4 carry an error of 1e-3 into the exponent
 
@@ -75,38 +117,38 @@ def cached(x, rows, seed):
     return garbage
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_decode_queries_have_the_bits_of_training(dtype):
-    """Every position of the prompt, as slots of one batch against a longer cache, whose keys past each position are garbage."""
-    given = inputs(PROMPT, DTYPES[dtype])
+@exact_modes_and_dtypes
+def test_decode_queries_have_the_bits_of_training(mode, dtype):
+    """Positions of the prompt, as slots of one batch against a longer cache, whose keys past each position are garbage."""
+    aligned, given = forward(mode), inputs(PROMPT, DTYPES[dtype])
     out = aligned(*given)
-    position = np.arange(PROMPT.T)
+    position = np.arange(PROMPT.T) if mode == "aligned" else np.array([0, 1, 3, 127, 128, 130, 255, 256, 331, 332])
     row = position % 2
     keys, values = (cached(x, row, seed) for seed, x in enumerate((given.k, given.v)))
     garbage = np.random.default_rng(3).standard_normal(keys.shape[-1]).astype(keys.dtype)
     keys[position[:, None] < np.arange(CACHE)] = garbage  # nothing past a slot's own position is true
     query = np.asarray(given.q)[row, position][:, None]
-    slots = Inputs(query, keys, values, np.zeros((PROMPT.T, 1), np.int32), position[:, None] + 1)
+    slots = Inputs(query, keys, values, np.zeros((len(position), 1), np.int32), position[:, None] + 1)
     rows = np.asarray(out)[row, position][:, None]
     assert_same_bits(aligned(*slots), rows)
-    for chosen in ([0], [130], [332], [127, 3, 128]):
+    for chosen in ([0], [5], [-1], [3, -1, 4]):
         assert_same_bits(aligned(*(x[chosen] for x in slots)), rows[chosen])
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@exact_modes_and_dtypes
 @pytest.mark.parametrize(("first", "count"), [(0, 77), (77, 60)])
-def test_a_piece_of_a_prompt_has_the_bits_of_the_whole(dtype, first, count):
-    given = inputs(PROMPT, DTYPES[dtype])
+def test_a_piece_of_a_prompt_has_the_bits_of_the_whole(mode, dtype, first, count):
+    aligned, given = forward(mode), inputs(PROMPT, DTYPES[dtype])
     keys, values = (cached(x, [0, 1], seed) for seed, x in enumerate((given.k, given.v)))
     piece = slice(first, first + count)
     start, stop = given.start[:, piece], given.stop[:, piece]
     assert_same_bits(aligned(given.q[:, piece], keys, values, start, stop), aligned(*given)[:, piece])
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("heads", [(4, 2), (4, 1), (6, 2)])  # 6 / 2: 5 positions a tile, which does not divide the offset
-def test_bits_do_not_depend_on_batch_or_place_in_a_packed_row(dtype, heads):
-    given = inputs(Case(2, 3 * GRID, *heads, 16), DTYPES[dtype])
+@exact_modes_and_dtypes
+@pytest.mark.parametrize("heads", [(4, 2), (6, 2)])  # 6 / 2: a tile's positions do not divide the offset
+def test_bits_do_not_depend_on_batch_or_place_in_a_packed_row(mode, dtype, heads):
+    aligned, given = forward(mode), inputs(Case(2, 3 * GRID, *heads, 16), DTYPES[dtype])
     length = 150
     out = aligned(*given)
     alone = [x[:1, :length] for x in given[:3]]
@@ -119,12 +161,43 @@ def test_bits_do_not_depend_on_batch_or_place_in_a_packed_row(dtype, heads):
     assert_same_bits(aligned(*packed, starts, stops)[1, here], one[0])
 
 
+@exact_modes_and_dtypes
+def test_pages_have_the_bits_of_flat_keys(mode, dtype):
+    """Pages in any order, shared by rows; tables end in any numbers, and pages that only hold unseen keys in garbage."""
+    given, rng = inputs(Case(2, 40, 4, 2, 16), DTYPES[dtype]), np.random.default_rng(0)
+    flat = [cached(x, [0, 1], seed) for seed, x in enumerate((given.k, given.v))]
+    start, stop = jnp.asarray([[0] * 40, [130] * 40]), jnp.asarray([[1 + 5 * i for i in range(40)], [131 + i for i in range(40)]])
+    table = np.array([[5, 2, 999, -7], [0, 2, 6, 2]])  # page 2 is of both rows
+    for x in flat:
+        x[1, GRID : 2 * GRID] = x[0, GRID : 2 * GRID]
+    pages = [(1e3 * rng.standard_normal((8, GRID, *x.shape[2:]))).astype(x.dtype) for x in flat]
+    for page, x in zip(pages, flat, strict=True):
+        for row, block in ((0, 0), (0, 1), (1, 0), (1, 1), (1, 2)):
+            page[table[row, block]] = x[row, block * GRID : (block + 1) * GRID]
+    whole = forward(mode)(given.q, *flat, start, stop)
+    assert_same_bits(paged(mode)(given.q, *pages, table, start, stop), whole)
+    last = [x[:, 39:] for x in (given.q, start, stop)]
+    assert_same_bits(paged(mode)(last[0], *pages, table, *last[1:]), whole[:, 39:])
+
+
+def test_interpreted_kernels_agree():
+    """With each other: the same tile functions on the same tiles."""
+    given = inputs(TEST_CASES["segments"], jnp.float32)
+    assert_same_bits(forward("pallas_tpu")(*given), forward("pallas_gpu")(*given))
+
+
+@pytest.mark.parametrize("mode", KERNELS)
+def test_kernels_take_keys_as_a_cpu_holds_them(mode):
+    given = inputs(TEST_CASES["odd_length"], jnp.bfloat16)
+    wide = [x.astype(jnp.float32) for x in given[1:3]]
+    assert_same_bits(forward(mode)(given.q, *wide, *given[3:]), forward(mode)(*given))
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_forward_has_the_same_bits_under_a_gradient(dtype):
     given = inputs(TEST_CASES["segments"], DTYPES[dtype])
-    f = lambda q, k, v: flash_attention(q, k, v, given.start, given.stop, aligned=True)
-    out = aligned(*given)
-    assert_same_bits(jit(with_gradients(f))(given[:3], random_like(out))[0], out)
+    out = forward("aligned")(*given)
+    assert_same_bits(both("aligned")(given[:3], given.start, given.stop, random_like(out))[0], out)
 
 
 def test_key_heads_that_do_not_divide_the_query_heads_are_refused():
@@ -132,14 +205,31 @@ def test_key_heads_that_do_not_divide_the_query_heads_are_refused():
         flash_attention(*inputs(Case(1, 4, 4, 3, 8), jnp.float32))
 
 
-@settings(deadline=None, max_examples=15)
-@given(seed=st.integers(0, 2**32 - 1), is_aligned=st.booleans())
-def test_any_range_of_keys(seed, is_aligned):
-    rng = np.random.default_rng(seed)
-    q, k, v, _, _ = inputs(Case(1, 300, 4, 2, 16), jnp.float32, seed)
-    start, stop = jnp.asarray(rng.integers(0, 301, (2, 1, 24)), jnp.int32)
-    out = programs[is_aligned](q[:, :24], k, v, start, stop)
-    assert_close(out, in_float64(reference.flash_attention, q[:, :24], k, v, start, stop), jnp.float32)
+def test_what_kernels_do_not_do_is_refused():
+    q, k, v, start, stop = inputs(TEST_CASES["one_token"], jnp.float32)
+    with pytest.raises(ValueError, match="pages of 64 keys and 64 values do not hold 128"):
+        flash_attention_paged(q, k[:, :1].repeat(64, 1), v[:, :1].repeat(64, 1), jnp.zeros((2, 1), int), start, stop)
+    for mode in KERNELS:
+        with pytest.raises(NotImplementedError, match="not all bfloat16 or all float32"):
+            flash_attention(q, k, v.astype(jnp.bfloat16).astype(jnp.float16), start, stop, implementation=mode)
+    many = inputs(Case(1, 1, 64, 1, 16), jnp.float32)
+    with pytest.raises(NotImplementedError, match="64 query heads of a key head are more than a tile's rows"):
+        flash_attention(*many, implementation="pallas_gpu")
+    huge = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((1, 1, 4, 128), (1, 2**22, 4, 128))]
+    bounds = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    with pytest.raises(NotImplementedError, match="2\\*\\*31 entries or more"):
+        jax.eval_shape(functools.partial(flash_attention, implementation="pallas_gpu"), huge[0], huge[1], huge[1], bounds, bounds)
 
 
-programs = {False: jit(flash_attention), True: aligned}
+@pytest.mark.parametrize(("mode", "examples"), [("fast", 15), ("aligned", 15), ("pallas_tpu", 6), ("pallas_gpu", 6)])
+def test_any_range_of_keys(mode, examples):
+    @settings(deadline=None, max_examples=examples)
+    @given(seed=st.integers(0, 2**32 - 1))
+    def run(seed):
+        rng = np.random.default_rng(seed)
+        q, k, v, _, _ = inputs(Case(1, 300, 4, 2, 16), jnp.float32, seed)
+        start, stop = jnp.asarray(rng.integers(0, 301, (2, 1, 24)), jnp.int32)
+        out = forward(mode)(q[:, :24], k, v, start, stop)
+        assert_close(out, in_float64(reference.flash_attention, q[:, :24], k, v, start, stop), jnp.float32)
+
+    run()
