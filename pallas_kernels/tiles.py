@@ -56,7 +56,8 @@ class MatmulGpu(NamedTuple):
 MATMUL_GPU = MappingProxyType({"h200": MatmulGpu(128, 256, 64, 8, 3), "cpu": MatmulGpu(16, 32, 16, 4, 1)})
 MATMUL_GPU_NARROW = MappingProxyType({"h200": MatmulGpu(128, 128, 64, 8, 3), "cpu": MatmulGpu(16, 16, 16, 4, 1)})
 """For a forward product with few columns, of which wide tiles would leave most of the chip idle in decoding."""
-MATMUL_GPU_FP32 = MappingProxyType({"h200": MatmulGpu(64, 128, 32, 4, 3), "cpu": MatmulGpu(16, 16, 16, 4, 1)})
+MATMUL_GPU_FP32 = MappingProxyType({"h200": MatmulGpu(64, 64, 64, 4, 3), "cpu": MatmulGpu(16, 16, 16, 4, 1)})
+"""The router's: with tiles of 128 columns training would be 1.3 times as fast, decoding half as fast, and dw too."""
 
 
 class LightningTpu(NamedTuple):
