@@ -66,7 +66,9 @@ def compile_cases() -> Iterator[CompileCase]:
             yield from _compile("forward", f"{name} {num}", (num, terms, columns), jnp.bfloat16, quick=(name, num) == ("mini out", 64))
     for name in ("mini qkv", "flash ffn down"):
         yield from _compile("backward", f"{name} 8192", (8192, *COMPILE_SIZES[name]), jnp.bfloat16)
-    yield from _compile("forward", "mini router 8192 fp32", (8192, 2048, 256), jnp.float32)
+    for num in (8192, 64):
+        yield from _compile("forward", f"mini router {num} fp32", (num, 2048, 256), jnp.float32)
+    yield from _compile("backward", "mini router 8192 fp32", (8192, 2048, 256), jnp.float32)
 
 
 def _compile(kernel: str, name: str, sizes: tuple[int, int, int], dtype: DTypeLike, quick: bool = False):
@@ -78,7 +80,9 @@ def _compile(kernel: str, name: str, sizes: tuple[int, int, int], dtype: DTypeLi
     size = {name: jnp.dtype(dtype).itemsize * math.prod(shape) for name, shape in shapes.items()}
     backward = kernel == "backward"
     on_gpu = 1.35 if columns >= 4096 else 1.8
-    ratios = {"pallas_tpu": 1.25, "pallas_gpu": on_gpu if num > 64 else None} if dtype == jnp.bfloat16 else {}
+    exact = dtype == jnp.float32
+    # A decode step's few rows are at the time of a tile's instructions on a GPU, and everywhere in fp32.
+    ratios = {"pallas_tpu": None if exact and num <= 64 else 1.25, "pallas_gpu": on_gpu if num > 64 else None}
     for implementation, targets in {"pallas_tpu": ("v5e", "v5p", "v6e"), "pallas_gpu": ("h200",)}.items():
         product = functools.partial(matmul, aligned=True, implementation=implementation)
         yield CompileCase(
@@ -88,8 +92,9 @@ def _compile(kernel: str, name: str, sizes: tuple[int, int, int], dtype: DTypeLi
             program=(lambda x, w, dy, product=product: jax.vjp(product, x, w)[1](dy)) if backward else product,
             arguments=tuple(jax.ShapeDtypeStruct(shape, dtype) for shape in list(shapes.values())[: 2 + backward]),
             bytes=(2 if backward else 1) * sum(size.values()),
-            flops=(4 if backward else 2) * math.prod(sizes),
-            floor_ratio=ratios.get(implementation),
-            instruction=r"wgmma\..*m64n(128|256)k16" if targets == ("h200",) and dtype == jnp.bfloat16 else None,
+            # fp32 operands take six passes of bf16 ones, or three of TF32 ones at half the rate.
+            flops=(4 if backward else 2) * (6 if exact else 1) * math.prod(sizes),
+            floor_ratio=ratios[implementation],
+            instruction=(r"wgmma\..*tf32" if exact else r"wgmma\..*m64n(128|256)k16") if targets == ("h200",) else None,
             quick=quick,
         )
