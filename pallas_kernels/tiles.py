@@ -131,22 +131,23 @@ SCALED_MATMUL_GPU = MappingProxyType(
 
 class FusedLayersTpu(NamedTuple):
     """Rows of a grid step at most, bytes of its blocks at most, entries and least rows of a strip's piece, columns of a piece that may be
-    cut anywhere, bytes of VMEM."""
+    cut anywhere, rows of a step that has a row in each lane, bytes of VMEM."""
 
     rows: int
     block: int
     entries: int
     strip: int
     columns: int
+    turned_rows: int
     vmem: int
 
 
 FUSED_LAYERS_TPU = MappingProxyType(
     {
-        "v5e": FusedLayersTpu(256, 12 * _MIB, 16384, 16, 1024, 48 * _MIB),
-        "v5p": FusedLayersTpu(256, 12 * _MIB, 16384, 16, 1024, 48 * _MIB),
-        "v6e": FusedLayersTpu(256, 12 * _MIB, 16384, 16, 1024, 48 * _MIB),
-        "cpu": FusedLayersTpu(16, 4 * _MIB, 1024, 8, 128, 32 * _MIB),
+        "v5e": FusedLayersTpu(256, 12 * _MIB, 16384, 16, 1024, 128, 48 * _MIB),
+        "v5p": FusedLayersTpu(256, 12 * _MIB, 16384, 16, 1024, 128, 48 * _MIB),
+        "v6e": FusedLayersTpu(256, 12 * _MIB, 16384, 16, 1024, 128, 48 * _MIB),
+        "cpu": FusedLayersTpu(16, 4 * _MIB, 1024, 8, 128, 16, 48 * _MIB),
     }
 )
 
