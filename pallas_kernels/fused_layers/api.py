@@ -12,7 +12,7 @@ from pallas_kernels import dispatch
 from pallas_kernels.fused_layers import layers, pallas_gpu, pallas_tpu, xla
 from pallas_kernels.fused_layers.tile import Routing
 
-RUNS = {
+IMPLEMENTATIONS = {
     "xla": lambda aligned: functools.partial(xla.run, aligned=aligned),
     "pallas_tpu": lambda aligned: pallas_tpu.run,
     "pallas_gpu": lambda aligned: pallas_gpu.run,
@@ -22,7 +22,7 @@ RUNS = {
 
 def _table(layer) -> dict[str, Any]:
     """The implementations of a layer."""
-    return {name: lambda *args, aligned, run=run: layer(run(aligned), *args) for name, run in RUNS.items()}
+    return {name: lambda *args, aligned, run=run: layer(run(aligned), *args) for name, run in IMPLEMENTATIONS.items()}
 
 
 def _flat(x: jax.Array, num_axes: int = 1) -> jax.Array:

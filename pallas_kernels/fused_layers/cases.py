@@ -77,6 +77,37 @@ def route(num: int, E: int, A: int, num_groups: int, num_active_groups: int, nor
     return Case("route", how, (("f", (num, E)), ("c", (E,))))
 
 
+TEST_CASES = {
+    "norm": residual_rms_norm(21, 48),
+    "first_norm": residual_rms_norm(5, 48, first=True),
+    "gated": gated_group_norm(19, 256, 2),
+    "gated_odd": gated_group_norm(9, 72, 3),
+    "swiglu": swiglu(21, 256),
+    "swiglu_odd": swiglu(3, 24),
+    "swiglu_weighted": swiglu(19, 256, weighted=True),
+    "heads": qk_norm_rope(19, 2, 1, 128, 32),
+    "heads_small": qk_norm_rope(5, 2, 2, 16, 4),
+    "heads_whole": qk_norm_rope(9, 1, 1, 128, 64),
+    "route": route(21, 16, 2, 4, 2),
+    "route_odd": route(5, 24, 3, 1, 1, normalise=False),
+    "route_wide": route(19, 128, 4, 8, 4),
+    "route_groups": route(9, 24, 3, 4, 2),
+}
+REFUSED = {
+    ("gated_odd", "pallas_tpu"): "24 columns are not whole lanes",
+    ("swiglu_odd", "pallas_tpu"): "24 columns are not whole lanes",
+    ("heads_small", "pallas_tpu"): "16 columns are not whole lanes",
+    ("route_groups", "pallas_gpu"): "groups of 6 experts do not divide a tile of 32",
+}
+"""What a kernel does not take, and how it says so."""
+
+BENCH_CASES = {"norm": residual_rms_norm(1024, 512), "gated": gated_group_norm(1024, 512, 4), "swiglu": swiglu(1024, 1024)} | {
+    "heads": qk_norm_rope(1024, 4, 2, 128, 32),
+    "route": route(1024, 32, 4, 4, 2),
+}
+"""On a CPU."""
+
+
 def model_cases(name: str, num: int) -> dict[str, Case]:
     """Return the layers of a released model over `num` rows."""
     D, H, G, K, E, A, F, dense = {"mini": (2048, 16, 4, 128, 256, 8, 512, 5120), "flash": (4096, 32, 4, 128, 256, 8, 1024, 9216)}[name]
@@ -113,18 +144,24 @@ def program(case: Case, dtype: DTypeLike, backward: bool, **kwargs) -> tuple[Cal
 
 
 def _bytes(case: Case, dtype: DTypeLike, backward: bool) -> int:
-    """What a layer reads and writes: each argument and result once; the gradient all of its arguments, and results as they are."""
+    """What a layer moves at least: arguments and results; of a gradient, what it keeps, the results' gradients, and its own results."""
     size = lambda tree: sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
-    layer, structs = case.function(dtype, implementation="xla"), case.structs(dtype)
-    outs = jax.eval_shape(layer, *structs)
+    structs = case.structs(dtype)
+    outs = jax.eval_shape(case.function(dtype, implementation="xla"), *structs)
+    forward = size((structs, outs))
     if not backward:
-        return size((structs, outs))
-    kept = structs
-    if case.op == "residual_rms_norm":
-        kept = [outs[0], structs[2]]  # the sum is kept, not what was added
-    if case.op == "qk_norm_rope":
-        kept = [*structs[1:], jax.tree.map(lambda x: x, outs[:2])]  # the values are not read again
-    return size((kept, outs, [structs[at] for at in case.differentiable]))
+        return forward
+    gradients = size([structs[at] for at in case.differentiable])
+    if case.op == "residual_rms_norm":  # the sum and not what was added; the program makes it first
+        return forward + size((outs[0], structs[2], outs)) + gradients
+    if case.op == "route":
+        return forward + size((structs[0], outs, outs[1:])) + gradients
+    if case.op == "qk_norm_rope":  # values are not read again
+        return size((structs[1:], outs[:2], outs)) + gradients
+    return size((structs, outs)) + gradients
+
+
+_RATIOS = {}
 
 
 def compile_cases() -> Iterator[CompileCase]:
@@ -144,5 +181,6 @@ def compile_cases() -> Iterator[CompileCase]:
                         arguments=arguments,
                         bytes=_bytes(case, jnp.bfloat16, backward),
                         flops=0,
+                        floor_ratio=_RATIOS.get((case.op, backward, implementation)) if num > 64 else None,
                         quick=(model, num, " " in name) == ("mini", 64, False),
                     )

@@ -162,7 +162,7 @@ def route(run, logits, bias, how):
 
 def _route_forward(run, logits, bias, how):
     outs = (Out((how.active,), jnp.int32), Out((how.active,), jnp.float32), Out((1,), jnp.float32))
-    found, _ = run(Pass("route", functools.partial(tile.route, how=how), (Rows((logits,)),), (bias[None],), outs))
+    found, _ = run(Pass("route", functools.partial(tile.route, how=how), (Rows((logits,)),), (bias[None],), outs, turns=True))
     experts, weights, log_total = (x for (x,) in found)
     return (experts, weights, log_total), (logits, bias, experts, log_total)
 
@@ -172,7 +172,7 @@ def _route_backward(run, how, residuals, gradients):
     _, d_weights, d_log_total = gradients
     rows = tuple(Rows((x,)) for x in (logits, experts, log_total, d_weights, d_log_total))
     outs = (Out((logits.shape[1],), logits.dtype),)
-    ((d_logits,),), _ = run(Pass("route_gradient", functools.partial(tile.route_gradient, how=how), rows, (), outs))
+    ((d_logits,),), _ = run(Pass("route_gradient", functools.partial(tile.route_gradient, how=how), rows, (), outs, turns=True))
     return d_logits, jnp.zeros_like(bias)
 
 

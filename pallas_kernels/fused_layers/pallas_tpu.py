@@ -107,6 +107,8 @@ def _parts(call: Pass, most: int) -> int:
 
 def run(call: Pass) -> tuple[list[tuple[jax.Array, ...]], list[jax.Array]]:
     """See `rows.Run`."""
+    if call.turns:
+        return _run_turned(call)
     choice = tiles.of(tiles.FUSED_LAYERS_TPU)
     parts = _parts(call, choice.columns)
     for operand in (*call.rows, *call.outs):
@@ -136,3 +138,44 @@ def run(call: Pass) -> tuple[list[tuple[jax.Array, ...]], list[jax.Array]]:
     )(*arrays, *call.weights)
     totals = [x.sum((0, 1)).reshape(w.shape) for x, w in zip(results[len(outs) :], call.weights, strict=False)]
     return grouped(call, results[: len(outs)]), totals
+
+
+def _turned_kernel(*refs, call: Pass, wide: list[bool]):
+    refs, num = list(refs), len(call.rows)
+    rows, weights, outs = refs[:num], refs[num : num + len(call.weights)], refs[num + len(call.weights) :]
+    seen = [ref[...].T if is_wide else ref[...] for ref, is_wide in zip(rows, wide, strict=False)]
+    results = call.tile(*seen, *(ref[...] for ref in weights), axis=-2)
+    for ref, is_wide, x in zip(outs, wide[num:], results, strict=True):
+        ref[...] = (x.T if is_wide else x[: ref.shape[0]]).astype(ref.dtype)
+
+
+def _run_turned(call: Pass) -> tuple[list[tuple[jax.Array, ...]], list[jax.Array]]:
+    """The same with a row in each lane, for a tile function of one part that reduces a lot: that is cheap between vectors, not in one.
+
+    Arrays of whole lanes are transposed in the kernel. Others are so outside, where it costs a layout, not a pass: rows of a few columns
+    would take all lanes of a vector in memory.
+    """
+    choice = tiles.of(tiles.FUSED_LAYERS_TPU)
+    num_rows, height = call.rows[0].arrays[0].shape[0], choice.turned_rows
+    arrays, outs = [operand.arrays[0] for operand in call.rows], shapes(call, num_rows, 1)
+    wide = [x.shape[1] % _LANES == 0 for x in (*arrays, *outs)]
+    turned = lambda x: jax.ShapeDtypeStruct(x.shape[::-1], x.dtype)
+    spec = lambda x, is_wide: (
+        pl.BlockSpec((height, x.shape[1]), lambda i: (i, 0)) if is_wide else pl.BlockSpec((x.shape[1], height), lambda i: (0, i))
+    )
+    specs = [spec(x, is_wide) for x, is_wide in zip((*arrays, *outs), wide, strict=True)]
+    factors = [jnp.broadcast_to(w.T, (w.shape[1], height)) for w in call.weights]
+    results = pl.pallas_call(
+        functools.partial(_turned_kernel, call=call, wide=wide),
+        name=call.name,
+        grid=(pl.cdiv(num_rows, height),),
+        in_specs=[*specs[: len(arrays)], *(pl.BlockSpec(w.shape, lambda i: (0, 0)) for w in factors)],
+        out_specs=specs[len(arrays) :],
+        out_shape=[x if is_wide else turned(x) for x, is_wide in zip(outs, wide[len(arrays) :], strict=True)],
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel",), vmem_limit_bytes=choice.vmem, disable_bounds_checks=True
+        ),
+        cost_estimate=pl.CostEstimate(flops=0, transcendentals=0, bytes_accessed=moved((arrays, outs, call.weights))),
+        interpret=interpreted("tpu"),
+    )(*(x if is_wide else x.T for x, is_wide in zip(arrays, wide, strict=False)), *factors)
+    return [(x if is_wide else x.T,) for x, is_wide in zip(results, wide[len(arrays) :], strict=True)], []

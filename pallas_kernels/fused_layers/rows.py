@@ -6,7 +6,7 @@ also be several arrays, whose columns follow each other (the parts of q, k and v
 reduces the last axis only, so that a backend may have any rows and parts in front.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -38,6 +38,7 @@ class Pass(NamedTuple):
 
     Weights are [parts, width] or [1, width]. The sums are fp32, one for each of the first weights, with its shape. The last `copied`
     parts are not computed: their first piece is copied to the first result. With 0 parts the backend may cut the pieces anywhere.
+    A tile function that reduces a lot takes `axis`, the axis of a row's columns, if `turns`: it may be given pieces [width, rows] and -2.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Pass(NamedTuple):
     sums: int = 0
     parts: int = 1
     copied: int = 0
+    turns: bool = False
 
 
 class Piece(NamedTuple):
@@ -78,10 +80,10 @@ def shapes(call: Pass, num_rows: int, parts: int) -> list[jax.ShapeDtypeStruct]:
     return [jax.ShapeDtypeStruct((num_rows, size), out.dtype) for out in call.outs for size in pieces(out, parts).columns]
 
 
-def grouped(call: Pass, arrays: list[jax.Array]) -> list[tuple[jax.Array, ...]]:
+def grouped(call: Pass, arrays: Sequence[jax.Array]) -> list[tuple[jax.Array, ...]]:
     """Return the results' arrays, a tuple for each result."""
-    arrays = list(arrays)
-    return [tuple(arrays.pop(0) for _ in out.columns or (0,)) for out in call.outs]
+    rest = list(arrays)
+    return [tuple(rest.pop(0) for _ in out.columns or (0,)) for out in call.outs]
 
 
 def moved(arrays: Any) -> int:

@@ -139,7 +139,7 @@ def heads_gradient(d, lanes: Lanes, x, cos, sin, weight, *, half, size, eps, dty
 
 
 class Routing(NamedTuple):
-    """How experts are chosen and weighed. `axis`: that of the experts in a tile, the last one or the one before."""
+    """How experts are chosen and weighed."""
 
     experts: int
     active: int
@@ -147,7 +147,6 @@ class Routing(NamedTuple):
     active_groups: int = 1
     normalise: bool = True
     factor: float = 1.0
-    axis: int = -1
 
 
 def _along(x: jax.Array, axis: int) -> jax.Array:
@@ -160,10 +159,10 @@ def _largest(x: jax.Array, index: jax.Array, axis: int) -> tuple[jax.Array, jax.
     return largest, jnp.min(jnp.where(x == largest, index, jnp.iinfo(jnp.int32).max), axis=axis, keepdims=True)
 
 
-def _weigh(logits: jax.Array, how: Routing) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _weigh(logits: jax.Array, how: Routing, axis: int) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The scores of the chosen logits, their sum, and their weights."""
     scores = jax.nn.sigmoid(logits)
-    total = jnp.sum(scores, axis=how.axis, keepdims=True) + 1e-20 if how.normalise else jnp.ones_like(logits)
+    total = jnp.sum(scores, axis=axis, keepdims=True) + 1e-20 if how.normalise else jnp.ones_like(logits)
     return scores, total, (scores / total if how.normalise else scores) * how.factor
 
 
@@ -172,17 +171,20 @@ def _log_total(logits: jax.Array, axis: int) -> jax.Array:
     return jnp.log(jnp.sum(jnp.exp(logits - largest), axis=axis, keepdims=True)) + largest
 
 
-def route(logits: jax.Array, bias: jax.Array, *, how: Routing) -> tuple[jax.Array, jax.Array, jax.Array]:
+def route(logits: jax.Array, bias: jax.Array, *, how: Routing, axis: int = -1) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Return the experts of the largest biased scores in the best groups, their weights, and the log-sum-exp of all logits.
 
     A group counts its two largest. Equal scores go to the lower expert. A row with a NaN is sent nowhere: its experts are `experts`.
+    The experts are at `axis` of the tile, -1 or -2.
     """
-    axis, size = how.axis, how.experts // how.groups
+    size = how.experts // how.groups
     expert = _along(logits, axis)
     missing = jnp.where(expert < how.experts, 0.0, -jnp.inf)  # a tile may be wider
     ranked = jax.nn.sigmoid(logits) + bias + missing
     if how.groups > 1:
         at = logits.ndim + axis
+        if logits.shape[at] % size:
+            raise NotImplementedError(f"groups of {size} experts do not divide a tile of {logits.shape[at]}")
         cut = lambda x: x.reshape(*x.shape[:at], -1, size, *x.shape[at + 1 :])  # there may be more groups, of what is missing
         inside, in_groups = cut(expert), cut(ranked)
         first, best = _largest(in_groups, inside, axis)
@@ -202,23 +204,23 @@ def route(logits: jax.Array, bias: jax.Array, *, how: Routing) -> tuple[jax.Arra
         picked = jnp.sum(jnp.where(expert == at, logits, 0.0), axis=axis, keepdims=True)
         experts, chosen = jnp.where(slot == a, jnp.minimum(at, how.experts), experts), jnp.where(slot == a, picked, chosen)
         ranked = jnp.where(expert == at, -jnp.inf, ranked)
-    return experts, _weigh(chosen, how)[2], _log_total(logits + missing, axis)
+    return experts, _weigh(chosen, how, axis)[2], _log_total(logits + missing, axis)
 
 
-def route_gradient(logits, experts, log_total, d_weights, d_log_total, *, how: Routing) -> tuple[jax.Array]:
+def route_gradient(logits, experts, log_total, d_weights, d_log_total, *, how: Routing, axis: int = -1) -> tuple[jax.Array]:
     """Return the gradient of the logits, for those of the weights and the log-sum-exp: the choice has none."""
-    expert, slot = _along(logits, how.axis), _along(experts, how.axis)
-    at = [jnp.max(jnp.where(slot == a, experts, -1), axis=how.axis, keepdims=True) for a in range(how.active)]
+    expert, slot = _along(logits, axis), _along(experts, axis)
+    at = [jnp.max(jnp.where(slot == a, experts, -1), axis=axis, keepdims=True) for a in range(how.active)]
     chosen = jnp.full(slot.shape, -jnp.inf, F32)
     for a in range(how.active):
-        picked = jnp.sum(jnp.where(expert == at[a], logits, 0.0), axis=how.axis, keepdims=True)
+        picked = jnp.sum(jnp.where(expert == at[a], logits, 0.0), axis=axis, keepdims=True)
         chosen = jnp.where(slot == a, picked, chosen)
-    scores, total, _ = _weigh(chosen, how)
+    scores, total, _ = _weigh(chosen, how, axis)
     d = d_weights * how.factor
     if how.normalise:
-        d = (d - jnp.sum(d * scores, axis=how.axis, keepdims=True) / total) / total
+        d = (d - jnp.sum(d * scores, axis=axis, keepdims=True) / total) / total
     d = d * (scores * (1 - scores))
     d_logits = d_log_total * jnp.exp(logits - log_total)
     for a in range(how.active):
-        d_logits += jnp.where(expert == at[a], jnp.sum(jnp.where(slot == a, d, 0.0), axis=how.axis, keepdims=True), 0.0)
+        d_logits += jnp.where(expert == at[a], jnp.sum(jnp.where(slot == a, d, 0.0), axis=axis, keepdims=True), 0.0)
     return (d_logits,)

@@ -1,0 +1,159 @@
+"""The fused layers: right in value and gradient, rows that do not see their neighbours, and the router's choice to the last tie."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pallas_kernels import compat, fused_layers
+from pallas_kernels.fused_layers import cases, reference
+from pallas_kernels.fused_layers.api import IMPLEMENTATIONS
+from pallas_kernels.fused_layers.cases import REFUSED, TEST_CASES
+from tests.pallas_kernels.programs import DTYPES, ON_GPU, in_float64, jit, random_like
+from tests.pallas_kernels.tolerances import assert_close, assert_same_bits
+
+MODES = ["xla fast", *IMPLEMENTATIONS]
+native = pytest.param("pallas_gpu", marks=ON_GPU, id="native")
+every_implementation = pytest.mark.parametrize("implementation", [*IMPLEMENTATIONS, native])
+IN_BF16 = ("norm", "gated", "swiglu", "heads")
+RELEASED = {name: case for name, case in cases.model_cases("mini", 300).items() if "linear" not in name}
+
+
+def with_gradients(layer, case):
+    """Return the function (arguments, gradients of the results that have some) -> (results, gradients of the arguments that have some)."""
+
+    def run(arguments, d_outs):
+        def of_differentiable(values):
+            full = list(arguments)
+            for at, value in zip(case.differentiable, values, strict=True):
+                full[at] = value
+            outs = layer(*full)
+            smooth, exact = (jax.tree.leaves(outs)[first:] for first in ((1, 0) if case.op == "route" else (0, 0)))
+            return smooth, exact
+
+        smooth, pull_back, exact = jax.vjp(of_differentiable, [arguments[at] for at in case.differentiable], has_aux=True)
+        return exact, pull_back(d_outs)[0] if smooth else None
+
+    return run
+
+
+def check(case, dtype, mode):
+    is_aligned, implementation = mode != "xla fast", mode.removesuffix(" fast")
+    arguments = case.inputs(dtype)
+    layer = case.function(dtype, aligned=is_aligned, implementation=implementation)
+    outs = jax.tree.leaves(jax.eval_shape(case.function(dtype, implementation="xla"), *arguments))
+    d_outs = random_like(outs[1:] if case.op == "route" else outs)
+    values, gradients = jit(with_gradients(layer, case))(arguments, d_outs)
+    true_values, true_gradients = in_float64(with_gradients(case.truth, case), arguments, d_outs)
+    if case.op == "route":
+        np.testing.assert_array_equal(values.pop(0), true_values.pop(0))
+    assert [x.dtype for x in values] == [x.dtype for x in outs[-len(values) :]]
+    assert_close((values, gradients), (true_values, true_gradients), dtype)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", TEST_CASES)
+def test_value_and_gradients(name, mode):
+    """Of an interpreted kernel, too: what it does not write, or reads from outside of an array, is NaN there."""
+    if (name, mode) in REFUSED:
+        with pytest.raises(NotImplementedError, match=REFUSED[name, mode]):
+            check(TEST_CASES[name], jnp.float32, mode)
+    else:
+        check(TEST_CASES[name], jnp.float32, mode)
+
+
+@every_implementation
+@pytest.mark.parametrize("name", IN_BF16)
+def test_value_and_gradients_in_bf16(name, implementation):
+    check(TEST_CASES[name], jnp.bfloat16, implementation)
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=ON_GPU) for name in RELEASED])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_released_sizes(name, dtype):
+    check(RELEASED[name], DTYPES[dtype], "pallas_gpu")
+
+
+@every_implementation
+@pytest.mark.parametrize("name", ["norm", "gated", "swiglu", "heads", "route"])
+def test_rows_do_not_depend_on_what_stands_beside_or_around_them(name, implementation):
+    """A decode step's row, alone and inside of a program that does something with it."""
+    case = TEST_CASES[name]
+    num = case.shapes[0][1][0]
+    arguments = case.inputs(jnp.float32)
+    layer = case.function(jnp.float32, aligned=True, implementation=implementation)
+    alone = [x[-1:] if x is not None and x.shape[0] == num else x for x in arguments]
+    around = jit(lambda *arguments: jax.tree.map(lambda y: (y, y + y), layer(*(x if x is None else x / 2 for x in arguments))))
+    halves = [x if x is None else 2 * x for x in alone]
+    last = jax.tree.map(lambda y: y[-1:], jit(layer)(*arguments))
+    assert_same_bits(jit(layer)(*alone), last)
+    inside = around(*halves)
+    assert_same_bits([x for i, x in enumerate(jax.tree.leaves(inside)) if i % 2 == 0], jax.tree.leaves(last))
+
+
+@pytest.mark.parametrize("kind", ["v5e", "v5p", "v6e", "h200"])
+@pytest.mark.parametrize("name", ["residual_rms_norm", "qk_norm_rope", "route"])
+def test_one_tile_for_any_number_of_rows(kind, name):
+    """Blocks, and on a TPU the kernel's jaxpr, are the same for a decode step and training: only the grid differs."""
+
+    def kernel(num):
+        case = cases.model_cases("mini", num)[name]
+        with compat.compiling_for(kind):
+            run, arguments = cases.program(case, jnp.bfloat16, False)
+            jaxpr = jax.make_jaxpr(run)(*arguments)
+        (call,) = (e for e in compat.equations(jaxpr) if e.primitive.name == "pallas_call")
+        assert not call.params["interpret"]
+        return [str(block.block_aval) for block in call.params["grid_mapping"].block_mappings]
+
+    assert kernel(64) == kernel(256) == kernel(8192)
+
+
+ROUTED = {"num_active": 3, "num_groups": 4, "num_active_groups": 2}
+routed = {name: jit(functools.partial(fused_layers.route, **ROUTED, implementation=name)) for name in IMPLEMENTATIONS}
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@settings(deadline=None, max_examples=20)
+@given(seed=st.integers(0, 2**32 - 1), levels=st.integers(1, 6))
+def test_equal_scores_go_to_the_lower_expert(seed, levels, implementation):
+    """Few different logits: ties within groups, between groups and across the choice; biases far from the scores, of either sign."""
+    rng = np.random.default_rng(seed)
+    logits = jnp.asarray(rng.integers(0, levels, (7, 16)), jnp.float32)
+    bias = jnp.asarray(rng.integers(-levels, 1, 16), jnp.float32)
+    np.testing.assert_array_equal(routed[implementation](logits, bias)[0], reference.route(logits, bias, **ROUTED)[0])
+
+
+def test_the_choice_and_the_bias_have_no_gradient():
+    case = TEST_CASES["route"]
+    logits, bias = case.inputs(jnp.float32)
+    d_bias = jax.grad(lambda bias: case.function(jnp.float32)(logits, bias)[1].sum())(bias)
+    np.testing.assert_array_equal(d_bias, np.zeros_like(bias))
+
+
+def test_leading_axes():
+    qkv, cos, sin, *weights = TEST_CASES["heads"].inputs(jnp.float32)
+    how = {"num_kv_heads": 1, "eps": cases.EPS}
+    split = lambda x: x[:18].reshape(2, 9, *x.shape[1:])
+    flat = fused_layers.qk_norm_rope(qkv[:18], cos[:18], sin[:18], *weights, **how)
+    parts = fused_layers.qk_norm_rope(split(qkv), split(cos), split(sin), *weights, **how)
+    assert [x.shape for x in parts] == [(2, 9, 2, 128), (2, 9, 1, 128), (2, 9, 1, 128)]
+    assert_same_bits([x.reshape(18, -1, 128) for x in parts], list(flat))
+
+
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        (lambda x: fused_layers.gated_group_norm(x, x, x[0], num_groups=5, eps=1e-6), "5 groups do not divide 16 channels"),
+        (lambda x: fused_layers.qk_norm_rope(x, x, x, x[0, :4], x[0, :4], num_kv_heads=2, eps=1e-6), "16 columns are not the queries"),
+        (lambda x: fused_layers.qk_norm_rope(x, x, x, x[0, :4], x[0, :4], num_kv_heads=1, eps=1e-6), "16 pairs do not fit a head of 4"),
+        (lambda x: fused_layers.route(x, x[0], num_active=9, num_groups=2), "9 of 16 experts cannot be in 1 of 2 groups"),
+        (lambda x: fused_layers.swiglu(x, implementation="cuda"), "no implementation 'cuda'; it has xla, pallas_tpu, pallas_gpu"),
+    ],
+)
+def test_mistakes(call, said):
+    with pytest.raises(ValueError, match=said):
+        call(jnp.ones((2, 16)))
