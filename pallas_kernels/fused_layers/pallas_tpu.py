@@ -172,9 +172,7 @@ def _run_turned(call: Pass) -> tuple[list[tuple[jax.Array, ...]], list[jax.Array
         in_specs=[*specs[: len(arrays)], *(pl.BlockSpec(w.shape, lambda i: (0, 0)) for w in factors)],
         out_specs=specs[len(arrays) :],
         out_shape=[x if is_wide else turned(x) for x, is_wide in zip(outs, wide[len(arrays) :], strict=True)],
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel",), vmem_limit_bytes=choice.vmem, disable_bounds_checks=True
-        ),
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",), vmem_limit_bytes=choice.vmem, disable_bounds_checks=True),
         cost_estimate=pl.CostEstimate(flops=0, transcendentals=0, bytes_accessed=moved((arrays, outs, call.weights))),
         interpret=interpreted("tpu"),
     )(*(x if is_wide else x.T for x, is_wide in zip(arrays, wide, strict=False)), *factors)
