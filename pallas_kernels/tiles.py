@@ -131,7 +131,8 @@ SCALED_MATMUL_GPU = MappingProxyType(
 
 class FusedLayersTpu(NamedTuple):
     """Rows of a grid step at most, bytes of its blocks at most, entries and least rows of a strip's piece, columns of a piece that may be
-    cut anywhere, rows of a step that has a row in each lane, bytes of VMEM."""
+    cut anywhere, rows of a step that has a row in each lane, bytes of VMEM.
+    """
 
     rows: int
     block: int

@@ -152,8 +152,6 @@ def route(
     if num_experts % num_groups or not num_active <= num_experts // num_groups * num_active_groups <= num_experts:
         raise ValueError(f"{num_active} of {num_experts} experts cannot be in {num_active_groups} of {num_groups} groups")
     how = Routing(num_experts, num_active, num_groups, num_active_groups, normalise, factor)
-    experts, weights, log_total = dispatch.call(
-        "route", _table(layers.route), implementation, _flat(logits), bias, how, aligned=aligned
-    )
+    experts, weights, log_total = dispatch.call("route", _table(layers.route), implementation, _flat(logits), bias, how, aligned=aligned)
     lead = logits.shape[:-1]
     return experts.reshape(*lead, -1), weights.reshape(*lead, -1), log_total.reshape(lead)

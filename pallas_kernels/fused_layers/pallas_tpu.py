@@ -14,7 +14,6 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import tiles
 from pallas_kernels.compat import dot_operand, interpreted
-from pallas_kernels.fused_layers import tile
 from pallas_kernels.fused_layers.rows import Pass, Piece, grouped, moved, pieces, shapes
 from pallas_kernels.fused_layers.tile import Lanes
 
@@ -22,7 +21,7 @@ _LANES, _SUBLANES = 128, 8
 
 
 def _exchanged(x: jax.Array, half: int) -> jax.Array:
-    """x with its channels exchanged in pairs."""
+    """X with its channels exchanged in pairs."""
     size, axis = x.shape[-1], x.ndim - 1
     if 2 * half == size:
         return pltpu.roll(x, half, axis)
@@ -133,9 +132,7 @@ def run(call: Pass) -> tuple[list[tuple[jax.Array, ...]], list[jax.Array]]:
         in_specs=[*map(of_rows, arrays), *(pl.BlockSpec(w.shape, lambda i: (0, 0)) for w in call.weights)],
         out_specs=[*map(of_rows, outs), *(pl.BlockSpec((None, _SUBLANES, size), lambda i: (i, 0, 0)) for size in sums)],
         out_shape=[*outs, *(jax.ShapeDtypeStruct((num_blocks, _SUBLANES, size), jnp.float32) for size in sums)],
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel",), vmem_limit_bytes=choice.vmem, disable_bounds_checks=True
-        ),
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",), vmem_limit_bytes=choice.vmem, disable_bounds_checks=True),
         cost_estimate=pl.CostEstimate(flops=0, transcendentals=0, bytes_accessed=moved((arrays, outs, call.weights))),
         interpret=interpreted("tpu"),
     )(*arrays, *call.weights)
@@ -175,9 +172,7 @@ def _run_turned(call: Pass) -> tuple[list[tuple[jax.Array, ...]], list[jax.Array
         in_specs=[*specs[: len(arrays)], *(pl.BlockSpec(w.shape, lambda i: (0, 0)) for w in factors)],
         out_specs=specs[len(arrays) :],
         out_shape=[x if is_wide else turned(x) for x, is_wide in zip(outs, wide[len(arrays) :], strict=True)],
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel",), vmem_limit_bytes=choice.vmem, disable_bounds_checks=True
-        ),
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",), vmem_limit_bytes=choice.vmem, disable_bounds_checks=True),
         cost_estimate=pl.CostEstimate(flops=0, transcendentals=0, bytes_accessed=moved((arrays, outs, call.weights))),
         interpret=interpreted("tpu"),
     )(*(x if is_wide else x.T for x, is_wide in zip(arrays, wide, strict=False)), *factors)
