@@ -62,8 +62,8 @@ class Problem(NamedTuple):
     tokens: int
     inputs: Callable[[], tuple]
     differentiable: tuple[int, ...]
-    implementations: Mapping[str, Callable[..., jax.Array] | InPlace]
-    truth: Callable[..., jax.Array]
+    implementations: Mapping[str, Callable[..., Any] | InPlace]
+    truth: Callable[..., Any]
     flops: tuple[float, float]
     bytes: tuple[float, float]
     torch: Mapping[str, Callable] = {}
@@ -154,7 +154,7 @@ def _with_gradients(f: Callable, positions: tuple[int, ...]) -> Callable:
             return f(*mixed)
 
         out, pull_back = jax.vjp(of, *(arguments[p] for p in positions))
-        return out, pull_back(cotangent.astype(out.dtype))
+        return out, pull_back(jax.tree.map(lambda d, y: d.astype(y.dtype), cotangent, out))
 
     return run
 
@@ -179,11 +179,11 @@ class _Measurement:
         size = sum(x.nbytes for x in jax.tree.leaves(arguments))
         self.copies = int(np.clip(CACHE_BYTES // size + 1, 2, MAX_COPIES))
         self.sets = [arguments, *(jax.tree.map(jnp.copy, arguments) for _ in range(self.copies - 1))]
-        self.cotangent: jax.Array | None = None
+        self.cotangent: Any = None  # of each array that the implementations return
         if backward:
-            out = jax.eval_shape(problem.truth, *arguments)
+            rng, out = np.random.default_rng(0), jax.eval_shape(problem.truth, *arguments)
             dtype = jax.tree.leaves([arguments[p] for p in self.positions])[0].dtype
-            self.cotangent = jnp.asarray(np.random.default_rng(0).standard_normal(out.shape, np.float32), dtype)
+            self.cotangent = jax.tree.map(lambda y: jnp.asarray(rng.standard_normal(y.shape, np.float32), dtype), out)
         self.truth = self._truth()
 
     def _program(self, f: Callable, donate: tuple[int, ...] = ()) -> Callable:

@@ -37,7 +37,7 @@ def _residual_backward(run, eps, dtype, residuals, gradients):
     gradient = functools.partial(tile.norm_gradient if like is None else tile.add_norm_gradient, size=size, eps=eps, dtype=dtype)
     outs = tuple(Out((size,), dtype) for dtype in dtypes)
     rows = tuple(Rows((x,)) for x in (total, *gradients))
-    found, (d_weight,) = run(Pass("rms_norm_gradient", gradient, rows, (weight[None],), outs, sums=1))
+    found, (d_weight,) = run(Pass("rms_norm_gradient", gradient, rows, (weight[None],), outs, sums=1, gradient=True))
     (d_x,), d_y = found[0], None if like is None else found[1][0]
     return d_x, d_y, d_weight[0].astype(weight.dtype)
 
@@ -63,7 +63,8 @@ def _gated_backward(run, num_groups, eps, residuals, d):
     gradient = functools.partial(tile.gated_gradient, size=o.shape[1] // num_groups, eps=eps, dtype=o.dtype)
     rows, weights = tuple(Rows((x,)) for x in (o, gate, d)), (weight.reshape(num_groups, -1),)
     outs = tuple(Out((x.shape[1],), x.dtype) for x in (o, gate))
-    ((d_o,), (d_gate,)), (d_weight,) = run(Pass("gated_norm_gradient", gradient, rows, weights, outs, sums=1, parts=num_groups))
+    call = Pass("gated_norm_gradient", gradient, rows, weights, outs, sums=1, parts=num_groups, gradient=True)
+    ((d_o,), (d_gate,)), (d_weight,) = run(call)
     return d_o, d_gate, d_weight.reshape(-1).astype(weight.dtype)
 
 
@@ -87,7 +88,7 @@ def _swiglu_backward(run, residuals, d):
     rows, outs = (Rows((gate_up,), pieces=2),), (Out((gate_up.shape[1],), gate_up.dtype, pieces=2),)
     if weight is not None:
         rows, outs = (*rows, Rows((weight,), pieces=0)), (*outs, Out((), jnp.float32))
-    found, _ = run(Pass("swiglu_gradient", tile.swiglu_gradient, (*rows, Rows((d,))), (), outs, parts=0))
+    found, _ = run(Pass("swiglu_gradient", tile.swiglu_gradient, (*rows, Rows((d,))), (), outs, parts=0, gradient=True))
     return found[0][0], None if weight is None else found[1][0].sum(1, keepdims=True).astype(weight.dtype)
 
 
@@ -144,6 +145,7 @@ def _heads_backward(run, num_kv_heads, eps, residuals, gradients):
             (weights,),
             (Out((qkv.shape[1],), qkv.dtype),),
             sums=1,
+            gradient=True,
             parts=heads,
             copied=num_kv_heads,
         )
@@ -172,7 +174,8 @@ def _route_backward(run, how, residuals, gradients):
     _, d_weights, d_log_total = gradients
     rows = tuple(Rows((x,)) for x in (logits, experts, log_total, d_weights, d_log_total))
     outs = (Out((logits.shape[1],), logits.dtype),)
-    ((d_logits,),), _ = run(Pass("route_gradient", functools.partial(tile.route_gradient, how=how), rows, (), outs, turns=True))
+    gradient = functools.partial(tile.route_gradient, how=how)
+    ((d_logits,),), _ = run(Pass("route_gradient", gradient, rows, (), outs, turns=True, gradient=True))
     return d_logits, jnp.zeros_like(bias)
 
 

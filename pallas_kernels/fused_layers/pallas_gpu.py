@@ -52,7 +52,7 @@ def _kernel(*refs, call: Pass, parts: int, num: int, height: int, turns: int, nu
         return [lax.broadcasted_iota(jnp.int32, size, len(size) - 1) < width] if size[-1] != width else []
 
     def windows(turn, where: Piece, arrays, j: int) -> Iterator[tuple[Any, tuple[int, int, int], Any, list[jax.Array]]]:
-        """Of each array that may have the j-th pieces: its ref, their shape, their first slot, the conditions for an entry to exist."""
+        """For each array that may have the j-th pieces: its ref, their shape and first slot, and what must hold for an entry to exist."""
         size, first = (height, num if where.pieces else 1, _power_of_two(where.width)), 0
         row = first_row + turn * height + lax.broadcasted_iota(jnp.int32, size, 0)
         exists = ([row < num_rows] if num_rows % (height * turns) else []) + inside(size, where.width)

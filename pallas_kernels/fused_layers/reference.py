@@ -5,7 +5,7 @@ gated_group_norm   rms_norm of each group of o, times w, times sigmoid(gate)
 swiglu             silu(gate) up r                             for gate | up and a row's weight r
 qk_norm_rope       q, k = rotate(rms_norm(head) w), v          for q | k | v; rotate turns the pairs (j, j + half)
 route              the A experts of the largest sigmoid(l) + bias in the groups whose two largest add up to most,
-w_a = factor sigmoid(l_a) / (sum_a sigmoid(l_a) + 1e-20), and log sum_e exp(l_e)
+                   w_a = factor sigmoid(l_a) / (sum_a sigmoid(l_a) + 1e-20), and log sum_e exp(l_e)
 """
 
 import jax

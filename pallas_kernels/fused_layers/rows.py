@@ -37,8 +37,9 @@ class Pass(NamedTuple):
     """One pass over rows: tile(*row pieces, *weights) returns the pieces of the results, then of `sums` terms to be summed over the rows.
 
     Weights are [parts, width] or [1, width]. The sums are fp32, one for each of the first weights, with its shape. The last `copied`
-    parts are not computed: their first piece is copied to the first result. With 0 parts the backend may cut the pieces anywhere.
-    A tile function that reduces a lot takes `axis`, the axis of a row's columns, if `turns`: it may be given pieces [width, rows] and -2.
+    parts are not computed: their first piece is copied to the first result. With 0 parts the backend may cut the pieces anywhere. With
+    `turns` the tile function takes `axis`, that of a row's columns: it may be given pieces [width, rows] and -2. A gradient promises no
+    bits.
     """
 
     name: str
@@ -50,6 +51,7 @@ class Pass(NamedTuple):
     parts: int = 1
     copied: int = 0
     turns: bool = False
+    gradient: bool = False
 
 
 class Piece(NamedTuple):

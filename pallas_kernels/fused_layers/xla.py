@@ -3,13 +3,14 @@
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.compat import pin
 from pallas_kernels.fused_layers import tile
 from pallas_kernels.fused_layers.rows import Pass, grouped, pieces
 from pallas_kernels.matmul import map_row_tiles
 
 
 def run(call: Pass, *, aligned: bool) -> tuple[list[tuple[jax.Array, ...]], list[jax.Array]]:
-    """See `rows.Run`. Sums are those of gradients, which promise no bits: a pass that has some treats all rows at once."""
+    """See `rows.Run`. Gradients, and layers without a reduction, treat all rows at once: a loop over tiles is many times slower."""
     parts = call.parts or 1
     computed = parts - call.copied
 
@@ -45,8 +46,8 @@ def run(call: Pass, *, aligned: bool) -> tuple[list[tuple[jax.Array, ...]], list
         return outs, results
 
     arrays = [x for operand in call.rows for x in operand.arrays]
-    if aligned and not call.sums:
+    if aligned and call.parts and not call.gradient:
         return grouped(call, map_row_tiles(lambda *tiles: on_rows(*tiles)[0], *arrays)), []
-    outs, terms = on_rows(*arrays)
+    outs, terms = pin(on_rows(*pin(arrays, aligned)), aligned)
     padding = ((0, call.copied), (0, 0))
     return grouped(call, outs), [jnp.pad(x.sum(0), padding) if call.copied else x.sum(0) for x in terms]
