@@ -60,15 +60,15 @@ def splash(q, k, v, start, stop):
     mask = splash_attention_mask.CausalMask((num_tokens, num_tokens))
     kernel = splash_attention_kernel.make_splash_mqa_single_device(splash_attention_mask.MultiHeadMask([mask] * (heads // groups)))
     queries = jnp.moveaxis((q * size**-0.5).astype(q.dtype).reshape(batch, num_tokens, groups, -1, size), 1, 3)
-    out = jax.vmap(jax.vmap(kernel))(queries, k.swapaxes(1, 2), v.swapaxes(1, 2))
+    out: Any = jax.vmap(jax.vmap(kernel))(queries, k.swapaxes(1, 2), v.swapaxes(1, 2))
     return jnp.moveaxis(out, 3, 1).reshape(*q.shape[:3], v.shape[3])
 
 
 def paged(q, k, v, start, stop, implementation):
     """Return the attention over the same keys as pages."""
-    pages = [x.reshape(-1, GRID, *x.shape[2:]) for x in (k, v)]
-    table = jnp.arange(pages[0].shape[0], dtype=jnp.int32).reshape(k.shape[0], -1)
-    return flash_attention_paged(q, *pages, table, start, stop, implementation=implementation)
+    keys, values = (x.reshape(-1, GRID, *x.shape[2:]) for x in (k, v))
+    table = jnp.arange(keys.shape[0], dtype=jnp.int32).reshape(k.shape[0], -1)
+    return flash_attention_paged(q, keys, values, table, start, stop, implementation=implementation)
 
 
 def sequences(name: str, case: Case, dtype: DTypeLike) -> Problem:

@@ -92,7 +92,8 @@ def cache_inputs(case: CacheCase, dtype: DTypeLike) -> Inputs:
     token, keys = (case.slots, case.T, case.H, case.K), (case.slots, case.S, case.G, case.K)
     make = jax.jit(lambda seeds: [jax.random.normal(seed, shape, dtype) for seed, shape in zip(seeds, (token, keys, keys), strict=True)])
     stop = jnp.broadcast_to(case.S - case.T + 1 + jnp.arange(case.T, dtype=jnp.int32), (case.slots, case.T))
-    return Inputs(*make(jax.random.split(jax.random.key(0), 3)), jnp.zeros_like(stop), stop)
+    q, k, v = make(jax.random.split(jax.random.key(0), 3))
+    return Inputs(q, k, v, jnp.zeros_like(stop), stop)
 
 
 COMPILE_TRAINING = {

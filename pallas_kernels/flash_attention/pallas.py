@@ -56,7 +56,7 @@ def _operands(*arrays: jax.Array) -> list[jax.Array]:
 def query_ranges(start: jax.Array, stop: jax.Array, positions: int, num_blocks: int, size: int = KEY_BLOCK):
     """Return the first and one past the last tile of so many positions that see a block of keys, [B, blocks]; bounds are [B, T]."""
     tiled = (jnp.pad(x, ((0, 0), (0, -x.shape[1] % positions))).reshape(x.shape[0], -1, positions) for x in (start, stop))
-    first, last = (x[..., None] for x in tile.block_range(*tiled, size))  # [B, tiles, 1]
+    first, last = (x[..., None] for x in tile.block_range(*tiled, size=size))  # [B, tiles, 1]
     block = jnp.arange(num_blocks, dtype=jnp.int32)
     touches, index = (first <= block) & (block < last), jnp.arange(first.shape[1], dtype=jnp.int32)[:, None]
     return jnp.where(touches, index, first.shape[1]).min(1), jnp.where(touches, index + 1, 0).max(1)

@@ -93,7 +93,7 @@ def _key_blocks(bounds, table, key_ref, value_ref, add, carry, keys: int = KEY_B
         seen = tile.seen(start[:, None], stop[:, None], block * keys, size=keys)
         return add(carry, key_ref[page, part, :], value_ref[page, part, :], seen)
 
-    return lax.fori_loop(*tile.block_range(start, stop, keys), turn, carry)
+    return lax.fori_loop(*tile.block_range(start, stop, size=keys), turn, carry)
 
 
 def _forward_kernel(start_ref, stop_ref, q_ref, key_ref, value_ref, *refs, num_rows, num_tiles):

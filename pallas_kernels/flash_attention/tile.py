@@ -64,7 +64,7 @@ class Words(NamedTuple):
 PLAIN = Words()
 
 
-def block_range(start: jax.Array, stop: jax.Array, size: int = KEY_BLOCK) -> tuple[jax.Array, jax.Array]:
+def block_range(start: jax.Array, stop: jax.Array, *, size: int = KEY_BLOCK) -> tuple[jax.Array, jax.Array]:
     """Return the first and one past the last block of keys that any of the rows sees whose bounds stand on the last axis."""
     none = stop <= start
     first = jnp.where(none, jnp.iinfo(jnp.int32).max, start).min(-1)

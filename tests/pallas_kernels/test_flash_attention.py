@@ -31,6 +31,7 @@ exact_modes_and_dtypes = pytest.mark.parametrize(
 """Interpreted kernels differ from plain JAX in their loads and stores, not in their roundings: one dtype each."""
 PROMPT = Case(2, 333, 4, 2, 16, V=32)
 CACHE = 512
+KERNEL_CASES = ["odd_length", "segments", "heads_not_power_of_two", "value_size_differs"]
 REFUSED_BY_GPUS = {"heads_not_power_of_two": "head size of 8", "value_size_differs": "head size of 24"}
 
 
@@ -73,8 +74,8 @@ def check(arguments, dtype, mode):
 @pytest.mark.parametrize(
     ("mode", "name", "dtype"),
     [(mode, name, dtype) for mode in ("fast", "aligned") for name in TEST_CASES for dtype in DTYPES]
-    + [(mode, name, "fp32") for mode in KERNELS for name in TEST_CASES]
-    + [(mode, "segments", "bf16") for mode in KERNELS],
+    + [(mode, name, "fp32") for mode in KERNELS for name in KERNEL_CASES]
+    + [("pallas_tpu", "odd_length", "bf16"), ("pallas_gpu", "segments", "bf16")],
 )
 def test_value_and_gradients(name, dtype, mode):
     arguments = inputs(TEST_CASES[name], DTYPES[dtype])
@@ -131,12 +132,12 @@ def test_decode_queries_have_the_bits_of_training(mode, dtype):
     slots = Inputs(query, keys, values, np.zeros((len(position), 1), np.int32), position[:, None] + 1)
     rows = np.asarray(out)[row, position][:, None]
     assert_same_bits(aligned(*slots), rows)
-    for chosen in ([0], [5], [-1], [3, -1, 4]):
+    for chosen in ([0], [5], [-1], [3, -1, 4]) if mode == "aligned" else ([5], [3, -1, 4]):
         assert_same_bits(aligned(*(x[chosen] for x in slots)), rows[chosen])
 
 
 @exact_modes_and_dtypes
-@pytest.mark.parametrize(("first", "count"), [(0, 77), (77, 60)])
+@pytest.mark.parametrize(("first", "count"), [(0, 60), (77, 60)])
 def test_a_piece_of_a_prompt_has_the_bits_of_the_whole(mode, dtype, first, count):
     aligned, given = forward(mode), inputs(PROMPT, DTYPES[dtype])
     keys, values = (cached(x, [0, 1], seed) for seed, x in enumerate((given.k, given.v)))
@@ -174,10 +175,10 @@ def test_pages_have_the_bits_of_flat_keys(mode, dtype):
     for page, x in zip(pages, flat, strict=True):
         for row, block in ((0, 0), (0, 1), (1, 0), (1, 1), (1, 2)):
             page[table[row, block]] = x[row, block * GRID : (block + 1) * GRID]
-    whole = forward(mode)(given.q, *flat, start, stop)
-    assert_same_bits(paged(mode)(given.q, *pages, table, start, stop), whole)
-    last = [x[:, 39:] for x in (given.q, start, stop)]
-    assert_same_bits(paged(mode)(last[0], *pages, table, *last[1:]), whole[:, 39:])
+    whole = forward(mode)(given.q, flat[0], flat[1], start, stop)
+    assert_same_bits(paged(mode)(given.q, pages[0], pages[1], table, start, stop), whole)
+    query, *bounds = (x[:, 39:] for x in (given.q, start, stop))
+    assert_same_bits(paged(mode)(query, pages[0], pages[1], table, *bounds), whole[:, 39:])
 
 
 def test_interpreted_kernels_agree():
