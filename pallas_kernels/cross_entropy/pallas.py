@@ -13,6 +13,8 @@ from pallas_kernels.compat import dot_general, dot_operand
 
 _MOST_COLUMNS, _MOST_LOGITS = 1 << 14, 1 << 28
 """Of a piece in the gradient: few columns would make much of adding to the gradient of hidden, many logits take memory."""
+_COLUMNS = 2048
+"""What a piece is a multiple of: with 15872 columns a TPU's compiler looks for tiles of the products with it for minutes."""
 
 
 class Kernels(NamedTuple):
@@ -48,9 +50,10 @@ def _forward(hidden, w, targets, kernels):
 
 
 def piece_size(num_rows: int, vocab: int) -> int:
-    """Return the columns of a piece in the gradient: as equal as multiples of 512 can be, the last one is moved to fit."""
-    most = max(min(_MOST_COLUMNS, _MOST_LOGITS // num_rows), 512)
-    return min(pl.cdiv(pl.cdiv(vocab, pl.cdiv(vocab, most)), 512) * 512, vocab)
+    """Return the columns of a piece in the gradient: the size with the least left over in the last piece, which is moved to fit."""
+    most = max(min(_MOST_COLUMNS, _MOST_LOGITS // num_rows) // _COLUMNS, 1) * _COLUMNS
+    sizes = range(most, most // 2 - 1, -_COLUMNS)
+    return min(min(sizes, key=lambda size: pl.cdiv(vocab, size) * size), vocab)
 
 
 def _backward(kernels, residuals, gradients):
