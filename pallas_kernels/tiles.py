@@ -307,19 +307,24 @@ class FusedLayersTpu(NamedTuple):
 FUSED_LAYERS_TPU = MappingProxyType(
     {
         "v5e": FusedLayersTpu(256, 12 * _MIB, 16384, 16, 1024, 128, 48 * _MIB),
-        "v5p": FusedLayersTpu(256, 12 * _MIB, 16384, 16, 1024, 128, 48 * _MIB),
-        "v6e": FusedLayersTpu(256, 12 * _MIB, 16384, 16, 1024, 128, 48 * _MIB),
+        "v5p": FusedLayersTpu(256, 12 * _MIB, 32768, 16, 1024, 128, 48 * _MIB),
+        "v6e": FusedLayersTpu(256, 24 * _MIB, 32768, 16, 1024, 128, 96 * _MIB),
         "cpu": FusedLayersTpu(16, 4 * _MIB, 1024, 8, 128, 16, 48 * _MIB),
     }
 )
 
 
 class FusedLayersGpu(NamedTuple):
-    """Entries of a piece that a program has at a time, rows it walks if it sums over them, its warps."""
+    """Entries and parts of a piece that a program has at a time at most, rows it walks if it sums over them, its warps."""
 
     entries: int
+    parts: int
     rows: int
     warps: int
 
 
-FUSED_LAYERS_GPU = MappingProxyType({"h200": FusedLayersGpu(4096, 32, 8), "cpu": FusedLayersGpu(128, 8, 4)})
+FUSED_LAYERS_GPU = MappingProxyType({"h200": FusedLayersGpu(4096, 32, 32, 8), "cpu": FusedLayersGpu(128, 8, 8, 4)})
+FUSED_LAYERS_GPU_HEADS = MappingProxyType({"h200": FusedLayersGpu(2048, 4, 32, 4), "cpu": FusedLayersGpu(512, 2, 8, 4)})
+"""Where channels of a head are exchanged."""
+FUSED_LAYERS_GPU_REDUCING = MappingProxyType({"h200": FusedLayersGpu(1024, 1, 32, 4), "cpu": FusedLayersGpu(128, 1, 8, 4)})
+"""Where a row is reduced many times: it is in one warp."""

@@ -1,4 +1,4 @@
-"""Times fused layers beside their equations as XLA fuses them: `python -m pallas_kernels.fused_layers.bench [--json FILE] [--quick]`."""
+"""Times the fused layers beside their equations as XLA fuses them: `python -m pallas_kernels.fused_layers.bench [--quick]`."""
 
 import math
 from collections.abc import Callable, Iterator

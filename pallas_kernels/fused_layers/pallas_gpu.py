@@ -131,7 +131,10 @@ def _parts(call: Pass, most: int) -> int:
 
 def run(call: Pass) -> tuple[list[tuple[jax.Array, ...]], list[jax.Array]]:
     """See `rows.Run`."""
-    choice = tiles.of(tiles.FUSED_LAYERS_GPU)
+    exchanged = any(operand.half for operand in call.rows)
+    choice = tiles.of(
+        tiles.FUSED_LAYERS_GPU_HEADS if exchanged else tiles.FUSED_LAYERS_GPU_REDUCING if call.turns else tiles.FUSED_LAYERS_GPU
+    )
     parts = _parts(call, choice.entries)
     arrays, num_rows = [x for operand in call.rows for x in operand.arrays], call.rows[0].arrays[0].shape[0]
     places = [pieces(x, parts) for x in (*call.rows, *call.outs)]
@@ -140,7 +143,7 @@ def run(call: Pass) -> tuple[list[tuple[jax.Array, ...]], list[jax.Array]]:
     counts = [size // where.width for where in places if len(where.columns) > 1 for size in where.columns]
     widest = max(_power_of_two(where.width) for where in places)
     common = math.gcd(parts, call.copied, *counts)
-    num = min(common & -common, max(1, choice.entries // widest))
+    num = min(common & -common, max(1, choice.entries // widest), choice.parts)
     height = max(1, choice.entries // (widest * num))
     turns = max(1, choice.rows // height) if call.sums else 1
     num_blocks = pl.cdiv(num_rows, height * turns)
