@@ -167,7 +167,7 @@ _RATIOS = {
     "qk_norm_rope": (2.1, 1.7),
     "route": (10, 15),
 }
-"""Estimates over 8192 rows, in units of the floor of the bytes, for TPUs and GPUs; see the README for what heads and routing are bound by."""
+"""Estimates over 8192 rows, in units of the floor of the bytes, for TPUs and GPUs."""
 _COMPILED = {
     ("mini", 8192, False): None,
     ("mini", 8192, True): ("residual_rms_norm", "gated_group_norm", "swiglu", "qk_norm_rope", "route"),
