@@ -20,7 +20,11 @@ from pallas_kernels.flash_attention.tile import KEY_BLOCK
 def _dot(a: jax.Array, b: jax.Array, axes: tuple[int, int] = (1, 0), acc: jax.Array | None = None) -> jax.Array:
     """The product of a program's tiles: which addition the matrix unit's accumulator takes is written, not left to the compiler."""
     a, b = dot_operand(a), dot_operand(b)
-    return triton_dot.dot(a.T if axes[0] == 0 else a, b.T if axes[1] == 1 else b, acc)
+    a, b = a.T if axes[0] == 0 else a, b.T if axes[1] == 1 else b
+    if a.dtype == jnp.bfloat16 or interpreted("gpu"):
+        return triton_dot.dot(a, b, acc)
+    y = lax.dot(a, b, precision=lax.DotAlgorithmPreset.TF32_TF32_F32_X3, preferred_element_type=jnp.float32)
+    return y if acc is None else acc + y
 
 
 def _exp2(x: jax.Array) -> jax.Array:
@@ -156,8 +160,9 @@ def _check(q, key_pages, value_pages) -> None:
             raise NotImplementedError(f"a head size of {size} is not a power of two of at least 16")
     if max(q.size, key_pages.size, value_pages.size) >= 2**31:
         raise NotImplementedError("an array has 2**31 entries or more, which are counted in 32 bits")
-    if q.shape[2] // key_pages.shape[2] > _choice(q, tiles.FLASH_GPU).rows:
-        raise NotImplementedError(f"{q.shape[2] // key_pages.shape[2]} query heads of a key head are more than a tile's rows")
+    repeat = q.shape[2] // key_pages.shape[2]
+    if repeat > min(_choice(q, table).rows for table in (tiles.FLASH_GPU, tiles.FLASH_GPU_QUERY, tiles.FLASH_GPU_KEY_VALUE)):
+        raise NotImplementedError(f"{repeat} query heads of a key head are more than a tile's rows")
 
 
 def _choice(q, table) -> tiles.FlashGpu:

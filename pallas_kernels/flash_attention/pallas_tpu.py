@@ -66,32 +66,29 @@ def _words() -> tile.Words:
     return tile.Words(largest=lambda x: x.max(-1, keepdims=True), total=total, spread=lambda x: x)
 
 
-def _units(layout: _Layout) -> list[tuple[int, int]]:
-    """A program's tiles and key heads: one after another, as the arrays of one fill a good part of the registers."""
-    return [(n, g) for n in range(layout.tiles) for g in range(layout.group)]
-
-
 def _head(ref, g: int, group: int) -> slice:
     """The lanes of head g of the `group` that a block's lanes hold."""
     size = ref.shape[2] // group
     return slice(g * size, (g + 1) * size)
 
 
-def _read_rows(ref, n: int, g: int, layout: _Layout) -> jax.Array:
-    """The rows of tile n and key head g of a block [1, tokens, heads x size]."""
+def _read_rows(ref, n: int, layout: _Layout) -> jax.Array:
+    """Tile n of a block [1, tokens, heads x size], as [group, R, size]."""
     at, heads = slice(n * layout.positions, (n + 1) * layout.positions), layout.group * layout.repeat
-    return jnp.concatenate([ref[0, at, _head(ref, g * layout.repeat + r, heads)] for r in range(layout.repeat)])
+    head = lambda g, r: ref[0, at, _head(ref, g * layout.repeat + r, heads)]
+    return jnp.stack([jnp.concatenate([head(g, r) for r in range(layout.repeat)]) for g in range(layout.group)])
 
 
-def _write_rows(ref, n: int, g: int, layout: _Layout, x: jax.Array) -> None:
+def _write_rows(ref, n: int, layout: _Layout, x: jax.Array) -> None:
     at, heads = slice(n * layout.positions, (n + 1) * layout.positions), layout.group * layout.repeat
-    for r in range(layout.repeat):
-        ref[0, at, _head(ref, g * layout.repeat + r, heads)] = x[r * layout.positions : (r + 1) * layout.positions].astype(ref.dtype)
+    for h in range(heads):
+        group, first = h // layout.repeat, h % layout.repeat * layout.positions
+        ref[0, at, _head(ref, h, heads)] = x[group, first : first + layout.positions].astype(ref.dtype)
 
 
-def _read_head(ref, g: int, layout: _Layout) -> jax.Array:
-    """The keys or values of key head g of a block [1, KEY_BLOCK, group x size]."""
-    return ref[0, :, _head(ref, g, layout.group)]
+def _read_page(ref, layout: _Layout) -> jax.Array:
+    """A block [1, KEY_BLOCK, group x size] as [group, KEY_BLOCK, size]."""
+    return jnp.stack([ref[0, :, _head(ref, g, layout.group)] for g in range(layout.group)])
 
 
 def _column(row: jax.Array) -> jax.Array:
@@ -129,21 +126,22 @@ def _forward_kernel(first_ref, last_ref, *refs, layout: _Layout):
 
     @pl.when(live)
     def _live():
-        for n, g in _units(layout):
-            q, softmax = _read_rows(q_ref, n, g, layout), Softmax(*(ref[n, g] for ref in softmax_refs))
+        for n in range(layout.tiles):
+            q, softmax = _read_rows(q_ref, n, layout), Softmax(*(ref[n] for ref in softmax_refs))
             for i, (key_ref, value_ref) in enumerate(zip(keys, values, strict=True)):
                 seen = tile.seen(start_ref[n], stop_ref[n], (block + i) * KEY_BLOCK)
-                scores = tile.scores(q, _read_head(key_ref, g, layout), seen)
-                softmax = tile.add_block(softmax, scores, _read_head(value_ref, g, layout), _words())
+                scores = tile.scores(q, _read_page(key_ref, layout), seen)
+                softmax = tile.add_block(softmax, scores, _read_page(value_ref, layout), _words())
             for ref, x in zip(softmax_refs, softmax, strict=True):
-                ref[n, g] = x
+                ref[n] = x
 
     @_last_step()
     def _last():
-        for n, g in _units(layout):
-            out, log_total = tile.finish(Softmax(*(ref[n, g] for ref in softmax_refs)), _words())
-            _write_rows(o_ref, n, g, layout, out)
-            log_ref[0, g, n] = jnp.broadcast_to(log_total, (layout.rows, KEY_BLOCK)).T[:1]
+        for n in range(layout.tiles):
+            out, log_total = tile.finish(Softmax(*(ref[n] for ref in softmax_refs)), _words())
+            _write_rows(o_ref, n, layout, out)
+            for g in range(layout.group):
+                log_ref[0, g, n] = jnp.broadcast_to(log_total[g], (layout.rows, KEY_BLOCK)).T[:1]
 
 
 def _query_kernel(first_ref, last_ref, q_ref, *refs, layout: _Layout):
@@ -164,19 +162,19 @@ def _query_kernel(first_ref, last_ref, q_ref, *refs, layout: _Layout):
 
     @pl.when(live)
     def _live():
-        for n, g in _units(layout):
-            q, d_out, dq = _read_rows(q_ref, n, g, layout), _read_rows(d_out_ref, n, g, layout), dq_ref[n, g]
+        for n in range(layout.tiles):
+            q, d_out, dq = _read_rows(q_ref, n, layout), _read_rows(d_out_ref, n, layout), dq_ref[n]
             for i, (key_ref, value_ref) in enumerate(zip(keys, values, strict=True)):
-                k, v = _read_head(key_ref, g, layout), _read_head(value_ref, g, layout)
+                k, v = _read_page(key_ref, layout), _read_page(value_ref, layout)
                 scores = tile.scores(q, k, tile.seen(start_ref[n], stop_ref[n], (block + i) * KEY_BLOCK))
-                _, d_scores = tile.gradients(scores, tile.product(d_out, v, (1, 1)), log_ref[n, g], delta_ref[n, g])
+                _, d_scores = tile.gradients(scores, tile.product(d_out, v, (1, 1)), log_ref[n], delta_ref[n])
                 dq = tile.product(dot_cast(d_scores, k.dtype), k, (1, 0), dq)
-            dq_ref[n, g] = dq
+            dq_ref[n] = dq
 
     @_last_step()
     def _last():
-        for n, g in _units(layout):
-            _write_rows(out_ref, n, g, layout, layout.key_size**-0.5 * dq_ref[n, g])
+        for n in range(layout.tiles):
+            _write_rows(out_ref, n, layout, layout.key_size**-0.5 * dq_ref[n])
 
 
 def _key_value_kernel(first_ref, last_ref, q_ref, key_ref, value_ref, *refs, layout: _Layout):
@@ -190,15 +188,14 @@ def _key_value_kernel(first_ref, last_ref, q_ref, key_ref, value_ref, *refs, lay
 
     @pl.when(live)
     def _live():
-        for g in range(layout.group):
-            k, v, dk, dv = _read_head(key_ref, g, layout), _read_head(value_ref, g, layout), dk_ref[g], dv_ref[g]
-            for n in range(layout.tiles):
-                q, d_out = _read_rows(q_ref, n, g, layout), _read_rows(d_out_ref, n, g, layout)
-                scores = tile.scores(k, q, tile.seen(start_ref[0, n], stop_ref[0, n], block * KEY_BLOCK, axis=0))
-                both = tile.gradients(scores, tile.product(v, d_out, (1, 1)), log_ref[0, g, n], delta_ref[0, g, n])
-                weights, d_scores = (dot_cast(x, q.dtype) for x in both)
-                dk, dv = tile.product(d_scores, q, (1, 0), dk), tile.product(weights, d_out, (1, 0), dv)
-            dk_ref[g], dv_ref[g] = dk, dv
+        k, v, dk, dv = _read_page(key_ref, layout), _read_page(value_ref, layout), dk_ref[...], dv_ref[...]
+        for n in range(layout.tiles):
+            q, d_out = _read_rows(q_ref, n, layout), _read_rows(d_out_ref, n, layout)
+            scores = tile.scores(k, q, tile.seen(start_ref[0, n], stop_ref[0, n], block * KEY_BLOCK, axis=0))
+            both = tile.gradients(scores, tile.product(v, d_out, (1, 1)), log_ref[0, :, n], delta_ref[0, :, n])
+            weights, d_scores = (dot_cast(x, q.dtype) for x in both)
+            dk, dv = tile.product(d_scores, q, (1, 0), dk), tile.product(weights, d_out, (1, 0), dv)
+        dk_ref[...], dv_ref[...] = dk, dv
 
     @_last_step()
     def _last():
