@@ -28,10 +28,11 @@ def test_quick_cases_pass_their_gates(target, tmp_path):
     done = subprocess.run([sys.executable, "-m", "pallas_kernels.aot", *arguments], cwd=command.ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     rows = json.loads((tmp_path / "rows.json").read_text())
-    kernels = {case.kernel.split(".")[0] for case in gates.collect(gates.op_modules()) if target in case.targets}
-    assert {row["kernel"].split(".")[0] for row in rows} == kernels
+    cases = [case for case in gates.collect(gates.op_modules()) if target in case.targets]
+    products = {case.kernel for case in cases if case.flops}
+    assert {row["kernel"].split(".")[0] for row in rows} == {case.kernel.split(".")[0] for case in cases}
     assert all(kernel["known"] and kernel["estimate"] > 0 for row in rows for kernel in row["kernels"])
-    assert all(any(kernel["instructions"] for kernel in row["kernels"]) for row in rows)
+    assert all(any(kernel["instructions"] for kernel in row["kernels"]) for row in rows if row["kernel"] in products)
     if target == "h200":
         sequences = {kernel["kernel"]: kernel["sequence"] for row in rows for kernel in row["kernels"]}
         decode, fold = sequences["lightning_decode"], sequences["lightning_fold"]
