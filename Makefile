@@ -41,7 +41,7 @@ gates: env env-gates  ## the long gates: every kernel through the compilers of a
 	$(BIN)/python -m pallas_kernels.aot --cases ring_jax.train.gates --kernel model.mini.step --target h200
 	$(BIN)/python -m ring_jax.infer align --checkpoint tests/golden/periodic --tokens 256
 	$(BIN)/python -m ring_jax.infer align --checkpoint tests/golden/trailing --tokens 256 --precision bf16
-	$(BIN)/python -m ring_jax.infer align --checkpoint tests/golden/trailing --tokens 32 --precision bf16 --kernels pallas
+	$(BIN)/python -m ring_jax.infer align --checkpoint tests/golden/trailing --tokens 64 --precision bf16 --kernels pallas
 
 lint: env  ## ruff and pyright
 	$(BIN)/ruff check .

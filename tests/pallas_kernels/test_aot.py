@@ -18,6 +18,8 @@ from pallas_kernels.aot import gpu, tpu
 CASE = gates.CompileCase("op", "shape", ("v5p",), lambda: None, (), bytes=1.0, flops=1.0)
 KERNEL = {"kernel": "op", "registers": 200, "spills": 0, "instructions": {"wgmma.m64n128k16": 4}}
 ROW = {"kernels": [KERNEL], "estimate": 1.1, "floor": 1.0, "memory": 2.0**30}
+WITHOUT_PRODUCTS = {"cross_entropy_log_sum_exp"}
+"""Kernels of a product's program that hold no matrix instruction."""
 needs_compilers = pytest.mark.skipif(not os.access(command.PYTHON, os.X_OK), reason=f"{command.PYTHON} is missing: make env-gates")
 
 
@@ -32,7 +34,8 @@ def test_quick_cases_pass_their_gates(target, tmp_path):
     products = {case.kernel for case in cases if case.flops}
     assert {row["kernel"].split(".")[0] for row in rows} == {case.kernel.split(".")[0] for case in cases}
     assert all(kernel["known"] and kernel["estimate"] > 0 for row in rows for kernel in row["kernels"])
-    assert all(any(kernel["instructions"] for kernel in row["kernels"]) for row in rows if row["kernel"] in products)
+    idle = {kernel["kernel"] for row in rows if row["kernel"] in products for kernel in row["kernels"] if not kernel["instructions"]}
+    assert idle <= WITHOUT_PRODUCTS
     if target == "h200":
         sequences = {kernel["kernel"]: kernel["sequence"] for row in rows for kernel in row["kernels"]}
         decode, fold = sequences["lightning_decode"], sequences["lightning_fold"]

@@ -101,7 +101,7 @@ def test_rows_do_not_depend_on_how_many_there_are(dtype, vocab, implementation):
     hidden, w, targets = inputs(Case(150, 16, vocab), DTYPES[dtype])
     run, rows_of = logprobs[implementation], logits[implementation]
     everything = run(hidden, w, targets)
-    for num in (1, 77):
+    for num in (1, 64, 77) if implementation == "xla" else (1, 77):
         assert_same_bits(run(hidden[-num:], w, targets[-num:]), jax.tree.map(lambda x, num=num: x[-num:], everything))
     rows, total = rows_of(hidden[:1], w)  # a sampler's single row
     assert_same_bits((rows[0, targets[0]] - total[0], total[0]), (everything[0][0], everything[1][0]))
