@@ -17,7 +17,7 @@ def _common(command: str, description: str) -> Parser:
     prog = "python -m ring_jax.infer" + (f" {command}" if command else "")
     parser = Parser(prog=prog, description=description, allow_abbrev=False)
     parser.add_argument("--checkpoint", required=True, metavar="DIR", help="a run folder, one of its checkpoints, or a Hugging Face folder")
-    parser.add_argument("--precision", choices=("fp32", "bf16"), help="of products (default: the checkpoint's)")
+    parser.add_argument("--precision", choices=("fp32", "bf16", "fp8"), help="of products (default: the checkpoint's)")
     kernels = "how ops are computed (default: auto, the platform's best; pallas on a CPU is interpreted); then the log names what runs"
     parser.add_argument("--kernels", choices=KERNELS, help=kernels)
     if command != "align":

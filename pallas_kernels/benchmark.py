@@ -328,26 +328,32 @@ def main(op: str, problems: Callable[[DTypeLike, bool], Iterable[Problem]]) -> N
     arguments = options(parser).parse_args()
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.6")  # torch shares a GPU's memory
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # and a CPU's cores, where its waiting threads would spin: 100 times slower
-    on_cpu, records, left_out, peaks = platform() == "cpu", [], [], {}
+    on_cpu, left_out, peaks, done = platform() == "cpu", [], {}, []
     seconds = 0.2 if arguments.quick else 1.0 if on_cpu else 0.4
     here = {"device": jax.devices()[0].device_kind, "backend": jax.default_backend(), "cpu": machine.machine(), "jax": jax.__version__}
     print(f"{op}: {here['device']} ({here['cpu']}), jax {here['jax']}", flush=True)
+
+    def write() -> None:
+        records = [r for _, rows in done for r in rows]
+        if arguments.json:
+            written = {"op": op, "machine": here, "ceilings": peaks, "records": records, "left_out": left_out}
+            pathlib.Path(arguments.json).write_text(json.dumps(written, indent=1) + "\n", encoding="utf-8")
+
     for dtype in ("fp32",) if arguments.quick else ("fp32", "bf16") if on_cpu else ("bf16",):
-        chosen = [p for p in problems(DTYPES[dtype], arguments.quick) if arguments.case in p.case]
-        measured, found = [], []
-        for problem in chosen:
-            found.append(ceilings(DTYPES[dtype], seconds / 4))  # before each case: the best moment of the whole run counts
-            measured.append(list(measure(problem, dtype, seconds, left_out)))
-        if not chosen:
-            continue
-        peaks[dtype] = copy, product = tuple(max(x) for x in zip(*found, strict=True))
-        print(f"\n{dtype}: copy or read {copy / 1e9:.1f} GB/s, product {product / 1e9:.0f} GFLOP/s")
-        print(_COLUMNS.format(*_HEADER, "targets"))
-        for problem, rows in zip(chosen, measured, strict=True):
-            compare(rows, problem, peaks[dtype])
-            print(*map(_line, rows), sep="\n", flush=True)
-            records += rows
-    if arguments.json:
-        with open(arguments.json, "w", encoding="utf-8") as file:
-            json.dump({"op": op, "machine": here, "ceilings": peaks, "records": records, "left_out": left_out}, file, indent=1)
+        measured = []
+        for problem in (p for p in problems(DTYPES[dtype], arguments.quick) if arguments.case in p.case):
+            start = time.perf_counter()
+            found = ceilings(DTYPES[dtype], seconds / 4)  # before each case: the best moment of the whole run counts
+            peaks[dtype] = tuple(map(max, found, peaks.get(dtype, found)))
+            measured.append((problem, list(measure(problem, dtype, seconds, left_out))))
+            done.append(measured[-1])
+            for each, rows in measured:
+                compare(rows, each, peaks[dtype])
+            write()  # what was measured is kept, whatever happens to the rest
+            print(f"{problem.case}: {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
+        if measured:
+            print(f"\n{dtype}: copy or read {peaks[dtype][0] / 1e9:.1f} GB/s, product {peaks[dtype][1] / 1e9:.0f} GFLOP/s")
+            print(_COLUMNS.format(*_HEADER, "targets"))
+            for _, rows in measured:
+                print(*map(_line, rows), sep="\n", flush=True)
     sys.exit(any(x["failed"] for x in left_out))

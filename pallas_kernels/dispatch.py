@@ -18,32 +18,36 @@ def _log_choice(op: str, name: str) -> None:
 _NATIVE = {"cpu": ("xla",), "gpu": ("pallas_gpu", "xla"), "tpu": ("pallas_tpu", "xla")}
 """What "auto" tries on a platform, in this order. An interpreted kernel and one that is not the platform's own are chosen by name only."""
 _PALLAS = {"cpu": "pallas_tpu", "gpu": "pallas_gpu", "tpu": "pallas_tpu"}
-"""What "pallas" stands for; on a CPU it is interpreted."""
+"""The kernel that "pallas" tries first; on a CPU it is interpreted."""
 
 
 def call(op: str, table: Mapping[str, Callable[..., Any]], implementation: str, *args: Any, **kwargs: Any) -> Any:
-    """Return the result of the named implementation, or with "auto" of the platform's first that takes the case.
+    """Return the result of the named implementation, or of the first that takes the case.
 
-    "pallas" is the platform's kernel. An op that has no kernels at all computes in plain JAX then. An implementation refuses a case by
-    raising NotImplementedError with the reason. Raises ValueError for a name the table lacks.
+    "auto" tries the platform's own, "pallas" the kernel first wherever we are. An op that has no kernels at all computes in plain JAX. An
+    implementation refuses a case by raising NotImplementedError with the reason. Raises ValueError for a name the table lacks.
     """
-    if implementation != "auto":
-        name = _PALLAS[platform()] if implementation == "pallas" else implementation
-        if name in _PALLAS.values() and not any(other in table for other in _PALLAS.values()):
-            name = "xla"
-        if name not in table:
-            raise ValueError(f"{op} has no implementation {name!r}; it has {', '.join(table)}")
-        _log_choice(op, name)
-        return table[name](*args, **kwargs)
+    if implementation == "auto":
+        names = _NATIVE[platform()]
+    elif implementation == "pallas":
+        names = (_PALLAS[platform()], "xla")
+    elif implementation in _PALLAS.values() and not any(kernel in table for kernel in _PALLAS.values()):
+        names = ("xla",)
+    elif implementation in table:
+        names = (implementation,)
+    else:
+        raise ValueError(f"{op} has no implementation {implementation!r}; it has {', '.join(table)}")
     refusals = []
-    for name in _NATIVE[platform()]:
+    for name in names:
         if name not in table:
             continue
         try:
             result = table[name](*args, **kwargs)
         except NotImplementedError as refusal:
+            if len(names) == 1:
+                raise
             refusals.append(f"{name}: {refusal}")
             continue
-        _log_choice(op, name)
+        _log_choice(op, f"{name} ({'; '.join(refusals)})" if refusals else name)
         return result
     raise NotImplementedError(f"no implementation of {op} takes this case ({'; '.join(refusals)})")

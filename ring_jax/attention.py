@@ -7,7 +7,6 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from pallas_kernels.flash_attention import flash_attention
-from pallas_kernels.matmul import matmul
 from ring_jax.cache import Placement, SoftmaxCache
 from ring_jax.config import ModelConfig
 from ring_jax.layers import HeadNorms, weight
@@ -28,15 +27,15 @@ class SoftmaxAttention(nnx.Module):
         self, x: Float[Array, "B T D"], place: Placement, cache: SoftmaxCache | None
     ) -> tuple[Float[Array, "B T D"], SoftmaxCache | None]:
         """Return the mixer's output and the cache after the call's tokens."""
-        config, ops = self.config, self.numerics.ops
+        config = self.config
         batch, num_tokens, _ = x.shape
         q, k, v = self.head_norms.project(x, self.qkv[...], config.num_kv_heads, place.cos, place.sin)
         q, k, v = name(q, "query"), name(k, "key"), name(v, "value")
         if cache is not None:
             cache = _write(cache, k, v, place)
             k, v = cache
-        o = name(flash_attention(q, k, v, place.start, place.stop, **ops), "mixer")
-        return name(matmul(o.reshape(batch, num_tokens, -1), self.out[...], **ops), "mixer_out"), cache
+        o = name(flash_attention(q, k, v, place.start, place.stop, **self.numerics.ops), "mixer")
+        return name(self.numerics.matmul(o.reshape(batch, num_tokens, -1), self.out[...]), "mixer_out"), cache
 
 
 def _write(cache: SoftmaxCache, k: Float[Array, "B T G K"], v: Float[Array, "B T G V"], place: Placement) -> SoftmaxCache:

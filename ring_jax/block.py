@@ -25,8 +25,9 @@ class Block(nnx.Module):
 
     def __call__(self, x: Float[Array, "B T D"], place: Placement, cache: Any) -> tuple[Float[Array, "B T D"], Any, RouterStats | None]:
         """Return the residual stream after the block, the layer's cache, and what its router did (None if dense)."""
-        y, cache = self.mixer(name(self.mixer_norm(x), "mixer_norm"), place, cache)
-        x = name(x + y.astype(jnp.float32), "residual")
-        y = name(self.ffn_norm(x), "ffn_norm")
+        x, y = self.mixer_norm(x)
+        y, cache = self.mixer(name(y, "mixer_norm"), place, cache)
+        x, y = self.ffn_norm(x, y)
+        x, y = name(x, "residual"), name(y, "ffn_norm")
         y, stats = self.ffn(y, place.valid) if isinstance(self.ffn, MoE) else (self.ffn(y), None)
         return name(x + name(y, "ffn").astype(jnp.float32), "block"), cache, stats

@@ -284,8 +284,9 @@ def load(
 ) -> Loaded:
     """Return a checkpoint's model, config and tokenizer.
 
-    precision: "fp32" or "bf16", default the checkpoint's. With a mesh the parameters are sharded over it. `stacked` chooses the layout of
-    the parameters (see `model.layer_pattern`). Raises ValueError in one line for a missing, damaged or unfitting checkpoint.
+    precision: "fp32", "bf16" or "fp8" (see Numerics), default the checkpoint's. With a mesh the parameters are sharded over it. `stacked`
+    chooses the layout of the parameters (see `model.layer_pattern`). Raises ValueError in one line for a missing, damaged or unfitting
+    checkpoint.
     """
     found = find(path)
     if found.step is None:
@@ -302,7 +303,8 @@ def load(
     arrays: dict[str, Any] = read_arrays(source, parameters(abstract), placed)
     if precision is not None and precision not in DTYPES:
         raise ValueError(f"unknown precision {precision!r}; known: {', '.join(DTYPES)}")
-    numerics = Numerics(aligned=aligned, dtype=DTYPES[precision or stored], remat=remat, kernels=kernels)
+    precision = precision or stored
+    numerics = Numerics(aligned=aligned, dtype=DTYPES[precision], fp8=precision == "fp8", remat=remat, kernels=kernels)
     return Loaded(build(config, numerics, arrays, stacked=stacked, mesh=mesh), config, tokenizer)
 
 

@@ -1,5 +1,6 @@
 """Parameters, norms, rotary embedding and SwiGLU: the pieces the mixers and FFNs share."""
 
+import functools
 import math
 
 import jax
@@ -8,7 +9,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.matmul import matmul
+from pallas_kernels.fused_layers import qk_norm_rope, residual_rms_norm, swiglu
 from ring_jax.config import ModelConfig
 from ring_jax.numerics import Numerics, Table
 
@@ -24,15 +25,6 @@ def norm_weight(size: int) -> nnx.Param:
     return nnx.Param(jnp.ones(size), logical_axes=(None,), full_shape=(size,))
 
 
-def rms_norm(
-    x: Float[Array, "*rows D"], weight: Float[Array, " D"], eps: float, dtype: str, num_groups: int = 1
-) -> Float[Array, "*rows D"]:
-    """Return x / rms(x), the mean square taken over each of `num_groups` groups of channels in fp32, cast, times the weight."""
-    groups = x.astype(jnp.float32).reshape(*x.shape[:-1], num_groups, -1)
-    groups = groups * jax.lax.rsqrt(jnp.mean(groups * groups, axis=-1, keepdims=True) + eps)
-    return groups.reshape(x.shape).astype(dtype) * weight.astype(dtype)
-
-
 class RMSNorm(nnx.Module):
     """The norm in front of a mixer, an FFN or the head."""
 
@@ -40,10 +32,11 @@ class RMSNorm(nnx.Module):
         self.eps, self.numerics = config.norm_eps, numerics
         self.weight = norm_weight(config.hidden_size)
 
-    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        """Return the normalised rows in the compute dtype."""
-        norm = lambda x, weight: rms_norm(x, weight, self.eps, self.numerics.dtype)
-        return self.numerics.by_rows(norm, x, weights=[self.weight[...]])
+    def __call__(
+        self, x: Float[Array, "B T D"], y: Float[Array, "B T D"] | None = None
+    ) -> tuple[Float[Array, "B T D"], Float[Array, "B T D"]]:
+        """Return x + y, the residual stream after an update y, and its normalised rows in the compute dtype."""
+        return residual_rms_norm(x, y, self.weight[...], eps=self.eps, dtype=self.numerics.dtype, **self.numerics.ops)
 
 
 def rotary_tables(config: ModelConfig) -> tuple[np.ndarray, np.ndarray]:
@@ -83,14 +76,6 @@ class Rotary(nnx.Module):
         return at(self.cos), at(self.sin)
 
 
-def rotate(x: Float[Array, "*rows H K"], cos: Float[Array, "*rows half"], sin: Float[Array, "*rows half"]) -> Float[Array, "*rows H K"]:
-    """Return x with its first 2 half channels rotated in pairs (j, j + half), in fp32; the rest passes through."""
-    half = cos.shape[-1]
-    cos, sin = cos[..., None, :], sin[..., None, :]
-    a, b, rest = jnp.split(x.astype(jnp.float32), [half, 2 * half], axis=-1)
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin, rest], axis=-1).astype(x.dtype)
-
-
 class HeadNorms(nnx.Module):
     """What follows the product with the qkv weight: the norms of queries and keys per head, and the rotary embedding."""
 
@@ -107,21 +92,8 @@ class HeadNorms(nnx.Module):
         sin: Float[Array, "B T half"],
     ) -> tuple[Float[Array, "B T H K"], Float[Array, "B T G K"], Float[Array, "B T G K"]]:
         """Return x's queries and keys, normalised and rotated, and values, of G = num_kv_heads heads."""
-
-        def split(qkv, cos, sin, query_weight, key_weight):
-            heads = qkv.reshape(qkv.shape[0], -1, query_weight.shape[-1])
-            num_heads = heads.shape[1] - 2 * num_kv_heads
-            q, k, v = jnp.split(heads, [num_heads, num_heads + num_kv_heads], axis=1)
-            norm = lambda x, weight: rotate(rms_norm(x, weight, self.eps, self.numerics.dtype), cos, sin)
-            return norm(q, query_weight), norm(k, key_weight), v
-
-        return matmul(x, qkv, split, rows=[cos, sin], weights=[self.query[...], self.key[...]], **self.numerics.ops)
-
-
-def swiglu(x: Float[Array, "*rows two_F"]) -> Float[Array, "*rows F"]:
-    """Return silu(gate) * up for x = gate | up, computed in fp32 and cast once."""
-    gate, up = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return (jax.nn.silu(gate) * up).astype(x.dtype)
+        heads = functools.partial(qk_norm_rope, num_kv_heads=num_kv_heads, eps=self.eps)
+        return self.numerics.matmul(x, qkv, heads, rows=[cos, sin], weights=[self.query[...], self.key[...]])
 
 
 class SwiGLU(nnx.Module):
@@ -135,5 +107,4 @@ class SwiGLU(nnx.Module):
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """Return the FFN's output."""
-        hidden = matmul(x, self.gate_up[...], swiglu, **self.numerics.ops)
-        return matmul(hidden, self.down[...], **self.numerics.ops)
+        return self.numerics.matmul(self.numerics.matmul(x, self.gate_up[...], swiglu), self.down[...])

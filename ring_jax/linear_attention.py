@@ -1,6 +1,7 @@
 """The linear mixer: Lightning attention with a decay per head, a grouped norm and a sigmoid gate (arXiv 2510.19338, section 2)."""
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -8,11 +9,11 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
+from pallas_kernels.fused_layers import gated_group_norm
 from pallas_kernels.lightning_attention import lightning_attention, lightning_attention_step
-from pallas_kernels.matmul import matmul
 from ring_jax.cache import LinearCache, Placement
 from ring_jax.config import ModelConfig
-from ring_jax.layers import HeadNorms, norm_weight, rms_norm, weight
+from ring_jax.layers import HeadNorms, norm_weight, weight
 from ring_jax.numerics import Numerics, Table, name
 
 
@@ -45,18 +46,19 @@ class LinearAttention(nnx.Module):
         self, x: Float[Array, "B T D"], place: Placement, cache: LinearCache | None
     ) -> tuple[Float[Array, "B T D"], LinearCache | None]:
         """Return the mixer's output and the cache after the call's tokens."""
-        config, ops = self.config, self.numerics.ops
+        config, product = self.config, self.numerics.matmul
         batch, num_tokens, _ = x.shape
         q, k, v = self.head_norms.project(x, self.qkv[...], config.num_heads, place.cos, place.sin)
         o, cache = self.attend(name(q, "query"), name(k, "key"), name(v, "value"), place, cache)
         o = name(o, "mixer").reshape(batch, num_tokens, -1)
-        o = name(matmul(x, self.gate[...], self.gated_norm, rows=[o], weights=[self.group_norm[...]], **ops), "gated")
-        return name(matmul(o, self.out[...], **ops), "mixer_out"), cache
+        o = name(product(x, self.gate[...], self.gated_norm, rows=[o], weights=[self.group_norm[...]]), "gated")
+        return name(product(o, self.out[...]), "mixer_out"), cache
 
-    def gated_norm(self, gate: Float[Array, "*rows D"], o: Float[Array, "*rows D"], weight: Float[Array, " D"]) -> Float[Array, "*rows D"]:
+    def gated_norm(
+        self, gate: Float[Array, "*rows D"], o: Float[Array, "*rows D"], weight: Float[Array, " D"], **how: Any
+    ) -> Float[Array, "*rows D"]:
         """Return groupnorm(o) * sigmoid(gate); the gate is not normalised."""
-        o = rms_norm(o, weight, self.config.norm_eps, self.numerics.dtype, self.config.num_norm_groups)
-        return (o.astype(jnp.float32) * jax.nn.sigmoid(gate.astype(jnp.float32))).astype(o.dtype)
+        return gated_group_norm(o, gate, weight, num_groups=self.config.num_norm_groups, eps=self.config.norm_eps, **how)
 
     def attend(
         self,

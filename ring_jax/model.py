@@ -132,7 +132,7 @@ class Ring(nnx.Module):
             x, (layer_caches, stats) = self._segment(segment, runs, x, place, cache and cache.layers[i])
             layers.append(layer_caches)
             router.append(stats)
-        hidden = name(self.norm(x), "final_norm")
+        hidden = name(self.norm(x)[1], "final_norm")
         after = None if cache is None else Cache(tuple(layers), cache.length + place.count)
         return RingOutput(hidden, after, tuple(router))
 

@@ -4,17 +4,24 @@ import functools
 import math
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from pallas_kernels.grouped_matmul import gather_groups, group_rows, grouped_matmul, row_tile_for, scatter_groups, take_rows
+from pallas_kernels.fused_layers import route, swiglu
+from pallas_kernels.grouped_matmul import (
+    Groups,
+    combine_groups,
+    group_rows,
+    row_tile_for,
+    scatter_groups,
+    take_rows,
+)
 from pallas_kernels.matmul import matmul
 from ring_jax import sharding
 from ring_jax.config import ModelConfig
-from ring_jax.layers import SwiGLU, swiglu, weight
+from ring_jax.layers import SwiGLU, weight
 from ring_jax.numerics import BalanceBias, Numerics, name
 
 
@@ -41,53 +48,33 @@ class MoE(nnx.Module):
     def __call__(self, x: Float[Array, "B T D"], valid: Bool[Array, "B T"]) -> tuple[Float[Array, "B T D"], RouterStats]:
         """Return the FFN's output and what the router did; padding is routed nowhere."""
         experts, weights, stats = self.route(x, valid)
-        slots = self.expert_outputs(x.reshape(-1, x.shape[-1]), experts.reshape(-1, experts.shape[-1])).reshape(*experts.shape, -1)
-        y = name(self.combine(slots, weights), "experts")
+        rows, experts, weights = (y.reshape(-1, y.shape[-1]) for y in (x, experts, weights))
+        y = name(self.weighted_experts(rows, experts, weights).reshape(x.shape), "experts")
         return (y + name(self.shared(x), "shared") if self.config.num_shared_experts else y), stats
 
     def route(self, x: Float[Array, "B T D"], valid: Bool[Array, "B T"]) -> tuple[Int[Array, "B T A"], Float[Array, "B T A"], RouterStats]:
         """Return each token's experts (E for padding) and their weights: sigmoid scores, selected with the bias, weighed without."""
         config = self.config
-        scored = lambda logits: (logits, jax.nn.sigmoid(logits), jax.nn.logsumexp(logits, axis=-1))
-        logits, scores, log_total = matmul(x.astype(jnp.float32), self.router[...], scored, **self.numerics.ops)
-        chosen = self.choose(lax.stop_gradient(scores) + self.bias[...])
-        weights = self.numerics.by_rows(self.weigh, jnp.take_along_axis(name(logits, "router"), chosen, axis=-1))
+        choose = functools.partial(
+            route,
+            num_active=config.num_active_experts,
+            num_groups=config.num_expert_groups,
+            num_active_groups=config.num_active_expert_groups,
+            normalise=config.norm_topk,
+            factor=config.routed_scaling_factor,
+        )
+        found = matmul(x.astype(jnp.float32), self.router[...], choose, weights=[self.bias[...]], **self.numerics.ops)
+        chosen, weights, log_total = found
         chosen = jnp.where(valid[..., None], chosen, config.num_experts)
         load = jnp.bincount(chosen.reshape(-1), length=config.num_experts + 1)[:-1].astype(jnp.float32)
-        return chosen, name(weights, "router_weights"), RouterStats(load, jnp.where(valid, log_total**2, 0.0).sum())
+        return chosen, name(weights, "router"), RouterStats(load, jnp.where(valid, log_total**2, 0.0).sum())
 
-    def choose(self, ranked: Float[Array, "B T E"]) -> Int[Array, "B T A"]:
-        """Return the experts of the largest ranks among those of the best groups (a group counts its two largest)."""
-        config = self.config
-        groups = ranked.reshape(*ranked.shape[:-1], config.num_expert_groups, -1)
-        best_two, _ = lax.top_k(groups, min(2, groups.shape[-1]))
-        _, kept = lax.top_k(best_two.sum(-1), config.num_active_expert_groups)
-        keep = (kept[..., None] == jnp.arange(config.num_expert_groups)).any(-2)
-        # Dropped groups get -inf, not 0: a biased score may be negative. top_k is stable: equal scores go to the lower expert.
-        return lax.top_k(jnp.where(keep[..., None], groups, -jnp.inf).reshape(ranked.shape), config.num_active_experts)[1]
-
-    def weigh(self, logits: Float[Array, "*rows A"]) -> Float[Array, "*rows A"]:
-        """Return the weights of the chosen experts."""
-        scores = jax.nn.sigmoid(logits)
-        if self.config.norm_topk:
-            scores = scores / (scores.sum(-1, keepdims=True) + 1e-20)
-        return scores * self.config.routed_scaling_factor
-
-    def combine(self, slots: Float[Array, "*rows A D"], weights: Float[Array, "*rows A"]) -> Float[Array, "*rows D"]:
-        """Return the weighted sum over the slots, in their order, in fp32, cast once."""
-        weighted = weights[..., None] * slots.astype(jnp.float32)
-        if self.numerics.aligned:
-            # Products apart from sums: each is rounded once, so no compiler's multiply-add can tell programs apart and no tiles are
-            # needed. The choice keeps them apart; its second branch is what it replaces (inf or NaN), which no compiler knows.
-            weighted = jnp.where(jnp.isfinite(weighted), weighted, 2 * weighted)
-        return functools.reduce(jnp.add, [weighted[..., a, :] for a in range(slots.shape[-2])]).astype(slots.dtype)
-
-    def expert_outputs(self, rows: Float[Array, "N D"], experts: Int[Array, "N A"]) -> Float[Array, "N A D"]:
-        """Return the output of each of a row's experts, wherever the experts live; zeros for padding."""
+    def weighted_experts(self, rows: Float[Array, "N D"], experts: Int[Array, "N A"], weights: Float[Array, "N A"]) -> Float[Array, "N D"]:
+        """Return the weighted sum of the outputs of each row's experts, wherever the experts live; zeros for padding."""
         num, num_slots = experts.shape
         num_shards = sharding.manual_axes().get("expert", 1)
         if num_shards == 1:
-            return self._local_outputs(rows, experts)
+            return combine_groups(*self._outputs(rows, experts), weights, **self.numerics.ops)
         # Rows travel to the device of their expert and back; each slot's output is computed in one place, so no sum changes order.
         # Every pair of devices exchanges room for all of a device's rows: nothing is dropped, whatever the router does.
         per_shard, capacity = self.config.num_experts // num_shards, num * num_slots
@@ -102,19 +89,17 @@ class MoE(nnx.Module):
         token = jnp.where(source < capacity, source // num_slots, num)
         received = exchange(take_rows(rows, token, destination.reshape(num, num_slots)))
         wanted = exchange(jnp.take(flat % per_shard, source, mode="fill", fill_value=per_shard))
-        out = exchange(self._local_outputs(received, wanted[:, None])[:, 0])
-        return take_rows(out, destination, source[:, None]).reshape(num, num_slots, -1)
+        out = exchange(scatter_groups(*self._outputs(received, wanted[:, None])))
+        returned = Groups(source, destination, tiles=jnp.zeros(0, jnp.int32))  # in no tiles: they are only added up
+        return combine_groups(out, returned, weights, **self.numerics.ops)
 
-    def _local_outputs(self, rows: Float[Array, "N D"], experts: Int[Array, "N A"]) -> Float[Array, "N A D"]:
-        """The same over the experts of this device."""
-        gate_up, down = self.gate_up[...], self.down[...]
-        (num, num_slots), num_experts, implementation = experts.shape, gate_up.shape[0], self.numerics.kernels
-        row_tile = row_tile_for(num * num_slots, num_experts, aligned=self.numerics.aligned)
-        groups = group_rows(experts.reshape(-1), num_experts, row_tile)
-        grouped = gather_groups(rows, groups, num_slots)
-        hidden = swiglu(grouped_matmul(grouped, gate_up, groups.tiles, row_tile=row_tile, implementation=implementation))
-        out = grouped_matmul(hidden, down, groups.tiles, row_tile=row_tile, implementation=implementation)
-        return scatter_groups(out, groups).reshape(num, num_slots, -1)
+    def _outputs(self, rows: Float[Array, "N D"], experts: Int[Array, "N A"]) -> tuple[Float[Array, "rows D"], Groups]:
+        """The outputs of the rows by this device's experts, and where they lie."""
+        gate_up, down, product = self.gate_up[...], self.down[...], self.numerics.grouped_matmul
+        row_tile = row_tile_for(experts.size, gate_up.shape[0], aligned=self.numerics.aligned)
+        groups = group_rows(experts.reshape(-1), gate_up.shape[0], row_tile)
+        hidden = swiglu(product(rows, gate_up, groups, row_tile, num_slots=experts.shape[1]), **self.numerics.ops)
+        return product(hidden, down, groups, row_tile), groups
 
 
 def balance(bias: Float[Array, "*layers E"], load: Float[Array, "*layers E"], rate: float) -> Float[Array, "*layers E"]:

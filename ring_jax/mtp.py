@@ -4,7 +4,6 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from pallas_kernels.matmul import matmul
 from ring_jax import sharding
 from ring_jax.block import Block
 from ring_jax.cache import Placement
@@ -33,7 +32,7 @@ class MultiTokenPrediction(nnx.Module):
         """
         graph, state = nnx.split(self)
         layer = nnx.merge(graph, sharding.gather(state))
-        both = jnp.concatenate([layer.embedding_norm(next_embedding), layer.hidden_norm(hidden)], axis=-1)
-        x, _, stats = layer.block(matmul(both, layer.project[...], **self.numerics.ops).astype(jnp.float32), place, None)
+        both = jnp.concatenate([layer.embedding_norm(next_embedding)[1], layer.hidden_norm(hidden)[1]], axis=-1)
+        x, _, stats = layer.block(self.numerics.matmul(both, layer.project[...]).astype(jnp.float32), place, None)
         assert stats is not None
-        return layer.norm(x), stats
+        return layer.norm(x)[1], stats

@@ -10,9 +10,13 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from pallas_kernels.compat import compiler_options, dot_operand
-from pallas_kernels.matmul import row_tiled
+from pallas_kernels.grouped_matmul import Groups, gather_grouped_matmul, gather_groups, grouped_matmul
+from pallas_kernels.grouped_scaled_matmul import fp8_grouped_matmul
+from pallas_kernels.matmul import matmul
+from pallas_kernels.scaled_matmul import fp8_matmul
 
-DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
+DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp8": "bfloat16"}
+"""Precisions, and the dtype of weights and activations in each: FP8 is what products quantise their operands to."""
 REMAT_POLICIES = ("none", "full", "mixers")
 
 
@@ -23,12 +27,14 @@ class Numerics:
     aligned: a token's log-probability has the same bits in training, prefill and decode, whatever stands beside it.
     dtype: of weights and activations in products; the residual stream, states, statistics, router and logits are fp32.
     remat: what the gradient recomputes: "none", "full" (whole blocks) or "mixers" (all but the mixers' outputs).
+    fp8: products with weights (not the router's, nor the head's) quantise both operands, in blocks, forward and backward.
     unroll: layers that one turn of a loop over layers computes (what it keeps for the gradient is then not copied into a stack).
     kernels: how ops are computed: "auto" (the platform's best), "xla", "pallas" (on a CPU: interpreted), or an implementation's name.
     """
 
     aligned: bool = True
     dtype: str = "float32"
+    fp8: bool = False
     remat: str = "none"
     unroll: int = 1
     kernels: str = "auto"
@@ -42,13 +48,20 @@ class Numerics:
         """Arguments that every op of `pallas_kernels` takes."""
         return {"aligned": self.aligned, "implementation": self.kernels}
 
-    def by_rows(self, f: Callable, *rows: jax.Array, weights: Sequence[jax.Array] = ()) -> Any:
-        """Return f(*rows, *weights) for rows [B, T, ...] that f treats one by one; aligned, in tiles of rows, so they stay so."""
-        if not self.aligned:
-            return f(*rows, *weights)
-        lead = rows[0].shape[:2]
-        out = row_tiled(f, [x.reshape(lead[0] * lead[1], *x.shape[2:]) for x in rows], weights)
-        return jax.tree.map(lambda y: y.reshape(*lead, *y.shape[1:]), out)
+    def matmul(self, x: jax.Array, w: jax.Array, epilogue: Callable | None = None, rows: Sequence = (), weights: Sequence = ()) -> Any:
+        """Return `matmul` of rows x [*rows, D] and a weight w [D, F], and what follows it, in the precision of products."""
+        if not self.fp8:
+            return matmul(x, w, *([] if epilogue is None else [epilogue]), rows=rows, weights=weights, **self.ops)
+        y = fp8_matmul(x, w, **self.ops)
+        return y if epilogue is None else epilogue(y, *rows, *weights, **self.ops)
+
+    def grouped_matmul(self, x: jax.Array, w: jax.Array, groups: Groups, row_tile: int, num_slots: int = 0) -> jax.Array:
+        """Return the products of groups of rows with their weights w [E, D, F]; with num_slots x are tokens, else rows in their groups."""
+        how = {"row_tile": row_tile, "implementation": self.kernels}
+        if self.fp8:
+            rows = gather_groups(x, groups, num_slots) if num_slots else x
+            return fp8_grouped_matmul(rows, w, groups.tiles, **how)
+        return gather_grouped_matmul(x, w, groups, num_slots, **how) if num_slots else grouped_matmul(x, w, groups.tiles, **how)
 
 
 def name(x: jax.Array, label: str) -> jax.Array:

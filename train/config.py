@@ -103,7 +103,8 @@ class TrainConfig:
     overwrite: bool = False
     """Delete an existing output folder first."""
     precision: str = "bf16"
-    """Of products: bf16 or fp32. Master weights, states, statistics and logits are fp32 either way."""
+    """Of products: bf16, fp32, or fp8 (both operands of a product with a weight, in blocks). Master weights, states, statistics and logits
+    are fp32 in any case."""
     numerics: str = "fast"
     """fast, or aligned: token log-probabilities then have the bits that inference gives."""
     kernels: str = "auto"
@@ -119,7 +120,7 @@ class TrainConfig:
 
     def __post_init__(self):
         for name, known in (
-            ("precision", ("bf16", "fp32")),
+            ("precision", ("bf16", "fp8", "fp32")),
             ("numerics", ("fast", "aligned")),
             ("remat", ("none", "mixers", "full")),
             ("kernels", KERNELS),

@@ -63,7 +63,7 @@ def numerics_of(config: TrainConfig) -> Numerics:
     """Return how a run computes its forward."""
     unroll = config.unroll or (4 if jax.default_backend() == "cpu" else 1)
     aligned, dtype = config.numerics == "aligned", DTYPES[config.precision]
-    return Numerics(aligned=aligned, dtype=dtype, remat=config.remat, unroll=unroll, kernels=config.kernels)
+    return Numerics(aligned=aligned, dtype=dtype, fp8=config.precision == "fp8", remat=config.remat, unroll=unroll, kernels=config.kernels)
 
 
 def make_program(

@@ -165,8 +165,8 @@ def _check(q, key_pages, value_pages) -> None:
         raise NotImplementedError(f"{repeat} query heads of a key head are more than a tile's rows")
 
 
-def _choice(q, table) -> tiles.FlashGpu:
-    return tiles.of(table if dot_operand(q).dtype == jnp.bfloat16 or interpreted("gpu") else tiles.FLASH_GPU_FP32)
+def _choice(q, table, fp32=tiles.FLASH_GPU_FP32_BACKWARD) -> tiles.FlashGpu:
+    return tiles.of(table if dot_operand(q).dtype == jnp.bfloat16 or interpreted("gpu") else fp32)
 
 
 class _Specs:
@@ -230,7 +230,7 @@ def _by_key_head(x: jax.Array, groups: int) -> jax.Array:
 def _forward(q, key_pages, value_pages, page_table, start, stop):
     _check(q, key_pages, value_pages)
     (batch, num_tokens, heads, key_size), (groups, value_size) = q.shape, value_pages.shape[2:]
-    choice, q = _choice(q, tiles.FLASH_GPU), _by_key_head(q, groups)
+    choice, q = _choice(q, tiles.FLASH_GPU, tiles.FLASH_GPU_FP32), _by_key_head(q, groups)
     num_tiles, num = pl.cdiv(num_tokens, choice.rows // q.shape[3]), None if page_table is not None else key_pages.shape[0] // batch
     specs, tables = _Specs(q, num_tiles), [] if page_table is None else [page_table]
     out = jax.ShapeDtypeStruct((*q.shape[:4], value_size), q.dtype)

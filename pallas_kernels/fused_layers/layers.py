@@ -136,7 +136,9 @@ def _heads_backward(run, num_kv_heads, eps, residuals, gradients):
     qkv, cos, sin, query_weight, key_weight = residuals
     size, half = query_weight.shape[0], cos.shape[1]
     heads = qkv.shape[1] // size
-    weights, pull_back = jax.vjp(lambda q, k: _head_weights(q, k, heads - 2 * num_kv_heads, num_kv_heads), query_weight, key_weight)
+    spread = functools.partial(_head_weights, num_heads=heads - 2 * num_kv_heads, num_kv_heads=num_kv_heads)
+    weights = spread(query_weight, key_weight)
+    _, pull_back = jax.vjp(spread, *(w.astype(jnp.float32) for w in (query_weight, key_weight)))  # a sum over heads, rounded once
     ((d_qkv,),), (d_weights,) = run(
         Pass(
             "qk_norm_rope_gradient",
@@ -150,7 +152,8 @@ def _heads_backward(run, num_kv_heads, eps, residuals, gradients):
             copied=num_kv_heads,
         )
     )
-    return d_qkv, jnp.zeros_like(cos), jnp.zeros_like(sin), *pull_back(d_weights.astype(weights.dtype))
+    d_query_weight, d_key_weight = (d.astype(weights.dtype) for d in pull_back(d_weights))
+    return d_qkv, jnp.zeros_like(cos), jnp.zeros_like(sin), d_query_weight, d_key_weight
 
 
 qk_norm_rope.defvjp(_heads_forward, _heads_backward)

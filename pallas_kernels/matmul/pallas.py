@@ -1,15 +1,18 @@
-"""What the Pallas implementations share: the product's gradients, which are products too, and what follows it row by row."""
+"""What the Pallas implementations share: the product's gradients, which are products too, and what follows it."""
 
 from collections.abc import Callable
 
 import jax
 
 from pallas_kernels.compat import dot_operand
-from pallas_kernels.matmul import tile, xla
 
 
 def matmul(kernel: Callable, x, w, epilogue, rows, weights, *, aligned, out_dtype):
-    """See `api.matmul`. `kernel(a, b, axes, dtype, aligned)` is the product of two matrices over one axis of each, accumulated in fp32."""
+    """See `api.matmul`; rows are aligned in any case.
+
+    `kernel(a, b, axes, dtype, aligned)` is the product of two matrices over one axis of each, accumulated in fp32.
+    """
+    del aligned
     x, w = dot_operand(x), dot_operand(w)  # on a CPU weights are held as products take them
     if x.dtype != w.dtype or x.dtype not in ("bfloat16", "float32"):
         raise NotImplementedError(f"the operands are {x.dtype} and {w.dtype}, not both bfloat16 or float32")
@@ -27,7 +30,4 @@ def matmul(kernel: Callable, x, w, epilogue, rows, weights, *, aligned, out_dtyp
         return kernel(dy, w, (1, 1), x.dtype, False), kernel(x, dy, (0, 0), w.dtype, False)
 
     product.defvjp(forward, backward)
-    y = product(x, w)
-    if not aligned or epilogue is tile.itself:
-        return epilogue(y, *rows, *weights)
-    return xla.row_tiled(epilogue, (y, *rows), weights)
+    return epilogue(product(x, w), *rows, *weights)

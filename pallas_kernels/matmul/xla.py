@@ -1,6 +1,7 @@
 """The row-tiled product in plain JAX: a loop over tiles of R rows, equal by construction for any number of rows."""
 
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -31,23 +32,6 @@ def map_row_tiles(f: Callable, *rows: jax.Array, row_tile: int = tile.ROW_TILE) 
     out = jax.tree.map(lambda y: dot_operand(jnp.zeros((num_tiles * row_tile, *y.shape[1:]), y.dtype)), one_tile)
     out = lax.fori_loop(0, lax.optimization_barrier(jnp.int32(num_tiles)), turn, out)
     return jax.tree.map(lambda y, like: y[:num_rows].astype(like.dtype), out, one_tile)
-
-
-def row_tiled(f: Callable, rows: Sequence[jax.Array], weights: Sequence[jax.Array]) -> Any:
-    """See `api.row_tiled`."""
-
-    @jax.custom_vjp
-    def run(rows, weights):
-        return map_row_tiles(lambda *tiles: f(*tiles, *weights), *rows)
-
-    def forward(rows, weights):
-        return run(rows, weights), (rows, weights)
-
-    def backward(residuals, gradients):
-        return jax.vjp(lambda rows, weights: f(*rows, *weights), *residuals)[1](gradients)
-
-    run.defvjp(forward, backward)
-    return run(tuple(rows), tuple(weights))
 
 
 def _tiled(x, w, epilogue, rows, weights, out_dtype):
@@ -81,5 +65,6 @@ def _tiled(x, w, epilogue, rows, weights, out_dtype):
 def matmul(x, w, epilogue, rows, weights, *, aligned, out_dtype):
     """See `api.matmul`."""
     if aligned:
-        return _tiled(x, w, epilogue, rows, weights, out_dtype)
+        in_a_tile = functools.partial(epilogue, aligned=False, implementation="xla")
+        return _tiled(x, w, in_a_tile, rows, weights, out_dtype)
     return epilogue(tile.product(x, w).astype(out_dtype), *rows, *weights)

@@ -16,6 +16,7 @@ import numpy as np
 from flax import nnx
 from safetensors import safe_open
 
+from pallas_kernels.fused_layers import residual_rms_norm
 from ring_jax import cache, checkpoint
 from ring_jax.block import Block
 from ring_jax.config import ModelConfig, read_hf_config
@@ -24,7 +25,7 @@ from ring_jax.convert.names import Parameter, parameters, variables
 from ring_jax.convert.progress import Progress
 from ring_jax.convert.shards import Tensors
 from ring_jax.convert.store import Checkpoint
-from ring_jax.layers import rms_norm, rotary_tables
+from ring_jax.layers import rotary_tables
 from ring_jax.linear_attention import LinearAttention, log_decay
 from ring_jax.model import Ring
 from ring_jax.numerics import Numerics, Table
@@ -121,14 +122,8 @@ def _layer_differences(config: ModelConfig, abstract: Ring, wanted: list[Paramet
         y = jax.jit(lambda state, x, block=block: nnx.merge(block, state)(x, place, None)[0])(state, jnp.asarray(x)[None])
         yield f"layer {layer} ({config.mixer(layer)})", relative(np.asarray(y)[0], after)
         x = after
-    norm = np.asarray(
-        rms_norm(
-            jnp.asarray(x),
-            jnp.asarray(ours.read("norm.weight").astype(dtypes["model.norm.weight"]), jnp.float32),
-            config.norm_eps,
-            "float32",
-        )
-    )
+    weight = jnp.asarray(ours.read("norm.weight").astype(dtypes["model.norm.weight"]), jnp.float32)
+    norm = np.asarray(residual_rms_norm(jnp.asarray(x), None, weight, eps=config.norm_eps, dtype="float32")[1])
     theirs = twin.rms(x, twin.tensors["model.norm.weight"])
     difference = largest = 0.0
     for parameter in wanted:

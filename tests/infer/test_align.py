@@ -171,7 +171,7 @@ def test_every_operator_is_named(folder, plants):
     order = decoded()[0].order
     kinds = {-1: "before the layers", 0: "layer 0 (linear)", 1: "layer 1 (linear)", 2: "layer 2 (softmax)", 3: "after the layers"}
     labels = {layer: [label for number, label in order if number == layer] for layer in kinds}
-    ffn = ["router", "router_weights", "experts", "shared", "ffn", "block"]
+    ffn = ["router", "experts", "shared", "ffn", "block"]
     linear = ["mixer_norm", "query", "key", "value", "mixer", "gated", "mixer_out", "residual", "ffn_norm"]
     assert labels == {
         -1: ["embedding"],

@@ -10,7 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pallas_kernels import compat
-from pallas_kernels.matmul import ROW_TILE, map_row_tiles, matmul, reference, row_tiled
+from pallas_kernels.fused_layers import gated_group_norm
+from pallas_kernels.fused_layers import reference as layers
+from pallas_kernels.matmul import ROW_TILE, map_row_tiles, matmul, reference
 from pallas_kernels.matmul.api import IMPLEMENTATIONS
 from pallas_kernels.matmul.cases import TEST_CASES, Case, inputs
 from tests.pallas_kernels.programs import DTYPES, ON_GPU, in_float64, jit, random_like, with_gradients, with_native
@@ -95,46 +97,18 @@ def test_rows_do_not_depend_on_what_stands_around_the_product(num, implementatio
     assert_same_bits(inside(x, w)[0], jit(product)(2 * x, w))
 
 
-def normalised(x, gate, weight):
-    """A row-wise function with a reduction and a multiply-add: x weight / rms(x), and its gated sum."""
-    y = x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + 1e-6) * weight
-    return {"y": y, "total": (y * gate + x).sum(-1)}
-
-
-def row_inputs(num):
-    rng = np.random.default_rng(0)
-    x, gate = (jnp.asarray(rng.standard_normal((max(ROW_COUNTS), 24)), jnp.float32)[:num] for _ in range(2))
-    return x, gate, jnp.asarray(rng.standard_normal(24), jnp.float32)
-
-
-tiled = lambda x, gate, weight: row_tiled(normalised, [x, gate], [weight])
-
-
-def test_row_tiled_rows_do_not_depend_on_how_many_there_are():
-    run = jit(tiled)
-    everything = run(*row_inputs(max(ROW_COUNTS)))
-    for num in ROW_COUNTS:
-        assert_same_bits(run(*row_inputs(num)), jax.tree.map(lambda y, num=num: y[:num], everything))
-
-
-@pytest.mark.parametrize("num", [1, 70])
-def test_row_tiled_value_and_gradients(num):
-    arguments = row_inputs(num)
-    cotangents = random_like(jax.eval_shape(normalised, *arguments))
-    actual = jit(with_gradients(tiled))(arguments, cotangents)
-    assert_close(actual, in_float64(with_gradients(normalised), arguments, cotangents), jnp.float32)
-
-
-gated_sum = lambda y, gate, weight: {"y": jax.nn.silu(y) * weight, "total": (y * gate + y).sum(-1)}
+def gated(y, o, weight, **how):
+    """A layer with a reduction and products that a compiler might contract."""
+    return gated_group_norm(o, y, weight, num_groups=2, eps=1e-6, **how)
 
 
 def epilogue_inputs(num, dtype=jnp.float32):
-    x, w = inputs(Case((num,), 33, 24), dtype)
-    return x, w, *row_inputs(max(ROW_COUNTS))[1:]
+    x, w = inputs(Case((max(ROW_COUNTS),), 33, 256), dtype)
+    return x[:num], w, *random_like((jax.ShapeDtypeStruct((max(ROW_COUNTS), 256), dtype), jax.ShapeDtypeStruct((256,), dtype)))
 
 
-def fused(x, w, gate, weight, how, implementation):
-    return matmul(x, w, gated_sum, rows=[gate[: len(x)]], weights=[weight], aligned=how, implementation=implementation)
+def fused(x, w, o, weight, how, implementation):
+    return matmul(x, w, gated, rows=[o[: len(x)]], weights=[weight], aligned=how, implementation=implementation)
 
 
 @every_implementation
@@ -142,7 +116,7 @@ def fused(x, w, gate, weight, how, implementation):
 @pytest.mark.parametrize("num", [1, 70])
 def test_epilogue_value_and_gradients(num, is_aligned, implementation):
     arguments = epilogue_inputs(num)
-    plain = lambda x, w, gate, weight: gated_sum(reference.matmul(x, w), gate[: len(x)], weight)
+    plain = lambda x, w, o, weight: layers.gated_group_norm(o[: len(x)], reference.matmul(x, w), weight, num_groups=2, eps=1e-6)
     cotangents = random_like(jax.eval_shape(plain, *arguments))
     actual = jit(with_gradients(functools.partial(fused, how=is_aligned, implementation=implementation)))(arguments, cotangents)
     assert_close(actual, in_float64(with_gradients(plain), arguments, cotangents), jnp.float32)
@@ -163,8 +137,12 @@ def test_epilogue_rows_do_not_depend_on_how_many_there_are(dtype, implementation
 
 
 def test_epilogue_of_leading_axes():
+    def both(y, scale, *, aligned, implementation):
+        assert (aligned, implementation) == (False, "xla")  # it is in a tile of rows
+        return y * scale[:, None], y.sum(-1)
+
     x, w = inputs(TEST_CASES["leading_axes"], jnp.float32)
-    y = matmul(x, w, lambda y, scale: (y * scale[:, None], y.sum(-1)), rows=[jnp.full(x.shape[:-1], 2.0)], aligned=True)
+    y = matmul(x, w, both, rows=[jnp.full(x.shape[:-1], 2.0)], aligned=True)
     assert [part.shape for part in y] == [(*x.shape[:-1], w.shape[1]), x.shape[:-1]]
     assert_same_bits(y[0], 2 * matmul(x, w, aligned=True))
 

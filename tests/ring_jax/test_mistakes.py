@@ -1,5 +1,6 @@
 """The mistakes that other implementations of this model made: ours differs from each of them and agrees with the equations."""
 
+import dataclasses
 import functools
 
 import jax
@@ -9,6 +10,7 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file
 
+from pallas_kernels.grouped_matmul import Groups, combine_groups
 from ring_jax.cache import LinearCache
 from ring_jax.config import from_hf, read_hf_config, to_hf
 from ring_jax.infer.taps import tapped
@@ -147,21 +149,29 @@ def test_residual_stream_is_fp32_in_bf16():
     assert all(found[label] == {"bfloat16"} for label in ("mixer_norm", "query", "mixer", "mixer_out", "ffn", "final_norm"))
 
 
+def chosen(logits, bias):
+    """Return the experts of rows whose router gives these logits, with one bias for all experts."""
+    moe = MoE(dataclasses.replace(SMALL, hidden_size=SMALL.num_experts), Numerics(), rngs=nnx.Rngs(0))
+    moe.router.set_value(jnp.eye(SMALL.num_experts))
+    moe.bias.set_value(jnp.full(SMALL.num_experts, bias))
+    experts, _, _ = moe.route(jnp.asarray(logits)[None], jnp.ones((1, len(logits)), bool))
+    return np.asarray(experts)[0]
+
+
 def test_dropped_groups_of_negative_scores():
     """A bias may make every score negative; a dropped group must not win with a zero."""
-    router = MoE(SMALL, Numerics(), rngs=nnx.Rngs(0))
-    ranked = np.random.default_rng(1).uniform(-3, -1, (5, 40, SMALL.num_experts)).astype(np.float32)
-    ours = np.asarray(router.choose(jnp.asarray(ranked))).reshape(-1, SMALL.num_active_experts)
-    exact, mistaken = (np.array([twin(SMALL, {}).choose(row) for row in ranked.reshape(-1, 8)]) for twin in (Twin, DroppedAtZero))
+    logits = np.random.default_rng(1).uniform(-3, 3, (200, SMALL.num_experts)).astype(np.float32)
+    ours = chosen(logits, bias=-2.0)
+    ranked = np.asarray(jax.nn.sigmoid(logits)) - 2
+    exact, mistaken = (np.array([twin(SMALL, {}).choose(row) for row in ranked]) for twin in (Twin, DroppedAtZero))
     np.testing.assert_array_equal(ours, exact)
     assert (np.sort(ours) != np.sort(mistaken)).any(-1).all()
 
 
 def test_equal_scores_go_to_the_lower_expert():
-    router = MoE(SMALL, Numerics(), rngs=nnx.Rngs(0))
-    ranked = np.random.default_rng(2).integers(0, 3, (200, 1, SMALL.num_experts)).astype(np.float32)
-    exact = [Twin(SMALL, {}).choose(row) for row in ranked[:, 0]]
-    np.testing.assert_array_equal(np.asarray(router.choose(jnp.asarray(ranked)))[:, 0], exact)
+    logits = np.random.default_rng(2).integers(0, 3, (200, SMALL.num_experts)).astype(np.float32)
+    exact = [Twin(SMALL, {}).choose(row) for row in np.asarray(jax.nn.sigmoid(logits))]
+    np.testing.assert_array_equal(chosen(logits, bias=0.0), exact)
 
 
 def test_trailing_layers_are_softmax(golden):
@@ -217,13 +227,14 @@ def test_rotary_position_of_a_decode_step(small, small_tensors, tokens):
 @pytest.mark.parametrize("num_slots", [2, 3, 8])
 def test_experts_are_combined_without_multiply_adds(num_slots):
     """Each product and each sum is rounded by itself, whatever stands around it; infinities and NaN pass."""
-    moe = MoE(SMALL, Numerics(), rngs=nnx.Rngs(0))
     rng = np.random.default_rng(0)
     slots, weights = (rng.standard_normal(shape).astype(np.float32) for shape in ((50, num_slots, 24), (50, num_slots)))
     slots[3, 1, :2] = np.inf, np.nan
     products = weights[..., None] * slots
     exact = functools.reduce(np.add, [products[:, a] for a in range(num_slots)])
-    combine = lambda slots, weights: moe.combine(slots, weights)
+    index = jnp.arange(weights.size)
+    groups = Groups(index, index, jnp.zeros(0, jnp.int32))
+    combine = lambda slots, weights: combine_groups(slots.reshape(-1, 24), groups, weights, aligned=True)
     np.testing.assert_array_equal(jax.jit(combine)(slots, weights), exact)
     around = jax.jit(lambda slots, weights, x: (x + combine(2 * slots, weights)[:7], jax.nn.silu(combine(slots, weights))))
     np.testing.assert_array_equal(around(slots, weights, exact[:7])[0], exact[:7] + 2 * exact[:7])
