@@ -239,8 +239,9 @@ def test_difference_that_tapping_hides():
     assert search(0.0) == "differs only untapped; no single operator shows it"
 
 
+@pytest.mark.slow
 def test_sharded(folder):
-    """The command as it is: four simulated devices, rows over fsdp, experts and both."""
+    """What `make gates` looks at too, of other models. The command as it is: four simulated devices, rows over fsdp, experts and both."""
     command = [sys.executable, "-m", "ring_jax.infer", "align", "--checkpoint", str(folder), "--tokens", "500"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=800, check=False)
     assert done.returncode == 0, done.stdout + done.stderr

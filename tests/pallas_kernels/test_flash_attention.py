@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from pallas_kernels import GRID
 from pallas_kernels.flash_attention import flash_attention, flash_attention_paged, reference
 from pallas_kernels.flash_attention.cases import TEST_CASES, Case, Inputs, inputs
-from tests.pallas_kernels.programs import DTYPES, ON_GPU, in_float64, jit, random_like, with_gradients
+from tests.pallas_kernels.programs import DTYPES, ON_GPU, in_float64, jit, jit_for_values, random_like, with_gradients
 from tests.pallas_kernels.tolerances import assert_close, assert_same_bits
 
 MODES = {
@@ -53,19 +53,19 @@ def truth(differentiable, start, stop, cotangent):
 
 
 @functools.cache
-def both(mode):
+def both(mode, compiled=jit):
     """Return value and gradients as a program of (q, k, v), bounds and cotangent."""
     f = lambda inputs, start, stop, cotangent: with_gradients(lambda q, k, v: flash_attention(q, k, v, start, stop, **MODES[mode]))(
         inputs, cotangent
     )
-    return jit(f)
+    return compiled(f)
 
 
 def check(arguments, dtype, mode):
     """Compare value and gradients with the float64 reference; return both."""
     q, k, v, start, stop = arguments
     cotangent = random_like(jax.ShapeDtypeStruct((*q.shape[:3], v.shape[3]), dtype))
-    actual = both(mode)((q, k, v), start, stop, cotangent)
+    actual = both(mode, jit_for_values)((q, k, v), start, stop, cotangent)
     assert actual[0].dtype == dtype
     assert_close(actual, in_float64(truth, (q, k, v), start, stop, cotangent), dtype)
     return actual

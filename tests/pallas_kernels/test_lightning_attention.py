@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from pallas_kernels import GRID
 from pallas_kernels.lightning_attention import lightning_attention, lightning_attention_step, lightning_attention_verify, reference
 from pallas_kernels.lightning_attention.cases import TEST_CASES, Case, inputs
-from tests.pallas_kernels.programs import DTYPES, ON_GPU, in_float64, jit, random_like, with_gradients, with_native
+from tests.pallas_kernels.programs import DTYPES, ON_GPU, in_float64, jit, jit_for_values, random_like, with_gradients, with_native
 from tests.pallas_kernels.tolerances import assert_close, assert_same_bits
 
 MODES = {
@@ -100,7 +100,7 @@ def test_value_and_gradients(name, dtype, mode):
     differentiable, call = split(given)
     f = functools.partial(call, functools.partial(lightning_attention, chunk_size=case.C, **MODES[mode]))
     cotangents = random_like(jax.eval_shape(f, *differentiable))
-    actual = jit(with_gradients(f))(differentiable, cotangents)
+    actual = jit_for_values(with_gradients(f))(differentiable, cotangents)
     assert actual[0][0].dtype == dtype
     assert actual[0][1].dtype == jnp.float32
     assert_close(actual, in_float64(truth(name), differentiable, given.log_decay, given.reset, cotangents), dtype)
@@ -118,7 +118,7 @@ def test_a_very_strong_decay_leaves_each_token_its_own_value(decay, mode):
     q, k, v, _, _, _ = inputs(Case(1, 200, 1, 16, 16, C=128), jnp.float32)
     f = lambda q, k, v: lightning_attention(q, k, v, jnp.full(1, decay), chunk_size=128, **MODES[mode])
     outputs = jax.eval_shape(f, q, k, v)
-    (out, state), gradients = jit(with_gradients(f))((q, k, v), random_like(outputs))
+    (out, state), gradients = jit_for_values(with_gradients(f))((q, k, v), random_like(outputs))
     assert all(np.isfinite(x).all() for x in (out, state, *gradients))
     if decay < -50:
         np.testing.assert_allclose(out, 16**-0.5 * (q * k).sum(-1, keepdims=True) * v, rtol=1e-5, atol=1e-5)
@@ -335,7 +335,7 @@ def test_kernels_of_any_shape(mode, shape, decay, packed):
     def with_decay(differentiable, cotangents, log_decay):
         return with_gradients(functools.partial(truth, log_decay=log_decay))(differentiable, cotangents)
 
-    actual = jit(with_gradients(f))(differentiable, cotangents)
+    actual = jit_for_values(with_gradients(f))(differentiable, cotangents)
     assert_close(actual, in_float64(with_decay, differentiable, cotangents, given.log_decay), jnp.float32)
 
 

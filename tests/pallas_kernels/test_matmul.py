@@ -15,7 +15,7 @@ from pallas_kernels.fused_layers import reference as layers
 from pallas_kernels.matmul import ROW_TILE, map_row_tiles, matmul, reference
 from pallas_kernels.matmul.api import IMPLEMENTATIONS
 from pallas_kernels.matmul.cases import TEST_CASES, Case, inputs
-from tests.pallas_kernels.programs import DTYPES, ON_GPU, in_float64, jit, random_like, with_gradients, with_native
+from tests.pallas_kernels.programs import DTYPES, ON_GPU, in_float64, jit, jit_for_values, random_like, with_gradients, with_native
 from tests.pallas_kernels.tolerances import assert_close, assert_same_bits
 
 ROW_COUNTS = (1, 8, ROW_TILE - 1, ROW_TILE, ROW_TILE + 1, 64, 200, 300)
@@ -34,7 +34,7 @@ def test_value_and_gradients(name, dtype, implementation):
     dtype, is_aligned, implementation = DTYPES[dtype], implementation != "xla fast", implementation.removesuffix(" fast")
     x, w = inputs((TEST_CASES | RELEASED)[name], dtype)
     cotangent = random_like(jax.eval_shape(matmul, x, w))
-    actual = jit(with_gradients(functools.partial(matmul, aligned=is_aligned, implementation=implementation)))((x, w), cotangent)
+    actual = jit_for_values(with_gradients(functools.partial(matmul, aligned=is_aligned, implementation=implementation)))((x, w), cotangent)
     assert_close(actual, in_float64(truth, (x, w), cotangent), dtype)
 
 
@@ -118,7 +118,7 @@ def test_epilogue_value_and_gradients(num, is_aligned, implementation):
     arguments = epilogue_inputs(num)
     plain = lambda x, w, o, weight: layers.gated_group_norm(o[: len(x)], reference.matmul(x, w), weight, num_groups=2, eps=1e-6)
     cotangents = random_like(jax.eval_shape(plain, *arguments))
-    actual = jit(with_gradients(functools.partial(fused, how=is_aligned, implementation=implementation)))(arguments, cotangents)
+    actual = jit_for_values(with_gradients(functools.partial(fused, how=is_aligned, implementation=implementation)))(arguments, cotangents)
     assert_close(actual, in_float64(with_gradients(plain), arguments, cotangents), jnp.float32)
 
 

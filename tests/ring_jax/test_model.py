@@ -132,10 +132,10 @@ def test_stacked_is_unstacked(tmp_path, documents):
     assert same_bits(*[h[:, : LENGTHS[1]] for h in hidden])
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
 def test_unrolled_is_looped(documents, dtype):
     """How many layers a turn computes changes no bit of the training forward, gradients and all."""
-    config = dataclasses.replace(PRESETS["test"], num_layers=10, period=5)
+    config = dataclasses.replace(PRESETS["test"], num_layers=10, period=5, num_dense_layers=0)
     assert max(len(run.layers[0]) for segment in layer_pattern(config) for run in segment) == 4
     tokens, positions = pad([[token % config.vocab_size for token in documents[1]]], 256)
     batch = scoring.host_batch(np.asarray(tokens), np.asarray(positions))

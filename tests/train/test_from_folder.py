@@ -15,6 +15,9 @@ from tests.ring_jax.models import SMALL, same_bits, write_hf
 from tests.ring_jax.random_tensors import random_tensors
 from tests.train.test_loop import base, losses, one_line, succeed, train  # noqa: F401
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
+
 STILL = ["--optimizer.learning_rate", "0", "--optimizer.balance_rate", "0"]
 
 

@@ -17,6 +17,9 @@ import pytest
 from ring_jax import checkpoint
 from ring_jax.train.__main__ import main
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
+
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 FIELDS = {"loss", "nll", "learning_rate", "gradient_norm", "load_imbalance", "tokens_per_second", "scored_tokens", "skipped_steps"}
 
@@ -254,7 +257,7 @@ def test_a_truncated_file_of_a_checkpoint_is_named(copied, file):
 def test_a_checkpoint_that_cannot_be_written(base, finished, copied):
     """No file may grow beyond a limit that all but the arrays keep: what a full disk is to a save."""
     program = (
-        "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (150_000, 150_000)); from ring_jax.train.__main__ import main"
+        "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (85_000, 85_000)); from ring_jax.train.__main__ import main"
     )
     arguments = [*base, "--steps", 20, "--checkpoint.every", 3, "--output", copied, "--resume"]
     done = train(*arguments, command=["-c", f"{program}; sys.exit(main())"])
