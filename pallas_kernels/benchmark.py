@@ -124,18 +124,26 @@ def kernel_seconds(run: Callable[[int], float], calls: int) -> float | None:
     return total / 1e9 / calls or None
 
 
+_copy, _read = jax.jit(lambda x: x + 1), jax.jit(lambda x: jnp.ones(1024) @ x.reshape(1024, -1))
+
+
+@functools.cache
+def _product(dtype: jnp.dtype) -> Callable:
+    """The product whose rate is the ceiling: one object, which is compiled once a shape."""
+    return jax.jit(functools.partial(jnp.dot, preferred_element_type=jnp.float32, precision=dot_precision(dtype)))
+
+
 def ceilings(dtype: DTypeLike, seconds: float) -> tuple[float, float]:
     """Return the most bytes/s of a copy or a read and the most FLOP/s of a product of this dtype, measured here and now.
 
     The best of several sizes and of all runs: nothing should exceed a ceiling.
     """
-    copy, read = jax.jit(lambda x: x + 1), jax.jit(lambda x: jnp.ones(1024) @ x.reshape(1024, -1))
-    product = jax.jit(functools.partial(jnp.dot, preferred_element_type=jnp.float32, precision=dot_precision(jnp.dtype(dtype))))
+    product = _product(jnp.dtype(dtype))
     on_cpu, moves, products = platform() == "cpu", {}, {}
     for size in (1 << 20, 4 << 20, 64 << 20) if on_cpu else (1 << 30,):
         arrays = [jnp.full(size // 4, i, jnp.float32) for i in range(max(2, CACHE_BYTES // size))]
-        moves[2 * size] = clock(lambda i, arrays=arrays: copy(arrays[i % len(arrays)]))
-        moves[size] = clock(lambda i, arrays=arrays: read(arrays[i % len(arrays)]))
+        moves[2 * size] = clock(lambda i, arrays=arrays: _copy(arrays[i % len(arrays)]))
+        moves[size] = clock(lambda i, arrays=arrays: _read(arrays[i % len(arrays)]))
     for size in (512, 1024, 2048) if on_cpu else (4096, 8192):
         square = jax.random.normal(jax.random.key(0), (size, size), dtype)  # a GPU is faster, as it draws less power, on a constant
         products[2 * size**3] = clock(lambda _, square=square: product(square, square))

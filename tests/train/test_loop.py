@@ -256,9 +256,7 @@ def test_a_truncated_file_of_a_checkpoint_is_named(copied, file):
 
 def test_a_checkpoint_that_cannot_be_written(base, finished, copied):
     """No file may grow beyond a limit that all but the arrays keep: what a full disk is to a save."""
-    program = (
-        "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (85_000, 85_000)); from ring_jax.train.__main__ import main"
-    )
+    program = "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (85_000, 85_000)); from ring_jax.train.__main__ import main"
     arguments = [*base, "--steps", 20, "--checkpoint.every", 3, "--output", copied, "--resume"]
     done = train(*arguments, command=["-c", f"{program}; sys.exit(main())"])
     line = one_line(done.returncode, done.err)
