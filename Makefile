@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 GATES_VENV ?= .venv-gates
 JOBS ?= 2
 
-.PHONY: help env env-gates demo test test-slow gates lint bench clean
+.PHONY: help env env-gates demo test test-slow gates gates-all lint bench clean
 
 help:  ## what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -34,13 +34,17 @@ test: env env-gates  ## the test suite
 test-slow: env  ## the tests that take minutes
 	$(BIN)/python -m pytest -q -m slow
 
-gates: env env-gates  ## the long gates: every kernel through the compilers of all chips, train and inference compared bit by bit
+gates: env env-gates  ## the gates of every change: kernels through the compilers of two chips, train and inference compared bit by bit
+	$(BIN)/python -m pallas_kernels.aot --jobs $(JOBS) --target v6e --target h200
+	$(BIN)/python -m pallas_kernels.aot --jobs $(JOBS) --cases ring_jax.train.gates --kernel model.mini.decode --target h200
+	$(BIN)/python -m ring_jax.infer align --checkpoint tests/golden/periodic --tokens 128
+
+gates-all: env env-gates  ## the long gates: every kernel and the models for all chips, bf16, FP8 and interpreted kernels compared, too
 	$(BIN)/python -m pallas_kernels.aot --jobs $(JOBS)
-	$(BIN)/python -m pallas_kernels.aot --jobs $(JOBS) --cases ring_jax.train.gates --kernel model.mini.forward
-	$(BIN)/python -m pallas_kernels.aot --jobs $(JOBS) --cases ring_jax.train.gates --kernel model.mini.decode
-	$(BIN)/python -m pallas_kernels.aot --cases ring_jax.train.gates --kernel model.mini.step --target h200
+	$(BIN)/python -m pallas_kernels.aot --jobs $(JOBS) --cases ring_jax.train.gates
 	$(BIN)/python -m ring_jax.infer align --checkpoint tests/golden/periodic --tokens 256
 	$(BIN)/python -m ring_jax.infer align --checkpoint tests/golden/trailing --tokens 256 --precision bf16
+	$(BIN)/python -m ring_jax.infer align --checkpoint tests/golden/periodic --tokens 64 --precision fp8
 	$(BIN)/python -m ring_jax.infer align --checkpoint tests/golden/trailing --tokens 64 --precision bf16 --kernels pallas
 
 lint: env  ## ruff and pyright

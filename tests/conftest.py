@@ -3,9 +3,7 @@
 import os
 import pathlib
 import tempfile
-from collections.abc import Iterator
 
-import pytest
 from jaxtyping import install_import_hook
 
 _root = pathlib.Path(__file__).parent.parent
@@ -20,15 +18,3 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_cache / "xla"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "0")
 os.environ.setdefault("XDG_CACHE_HOME", str(_cache / "data"))  # tokenised data, too, is made once
-
-
-@pytest.fixture(scope="module")
-def quick_compile() -> Iterator[None]:
-    """Compile in half the time, unoptimised: for tests of what programs do, not of their bits, on a CPU and in subprocesses."""
-    from ring_jax import numerics
-
-    options = numerics.compiler_options
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(numerics, "compiler_options", lambda aligned: options(aligned) | {"xla_backend_optimization_level": 0})
-        patch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0")
-        yield

@@ -12,9 +12,6 @@ from ring_jax.infer.chat import DIM, PLAIN, ChatTemplate, Thinking, chat
 from ring_jax.infer.generate import _Reply
 from ring_jax.tokenizer import Tokenizer
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
-
 TEMPLATE = """{% for message in messages %}
 {% if message.role == 'user' %}
 <role>HUMAN</role>{{ message.content }}<|role_end|>{% else %}

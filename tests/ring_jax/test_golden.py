@@ -10,9 +10,6 @@ from ring_jax.config import read_hf_config
 from ring_jax.reference import Twin
 from tests.ring_jax.models import GOLDEN
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
-
 NAMES = ("periodic", "trailing")
 TOLERANCE = 2e-5
 # Each layout and each numerics once; the slow tests have all four.

@@ -14,9 +14,6 @@ from ring_jax.reference import Twin
 from tests.ring_jax.models import SMALL, YARN, Programs, write_hf
 from tests.ring_jax.random_tensors import random_tensors
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
-
 mx = pytest.importorskip("mlx.core", reason="mlx does not load here", exc_type=ImportError)
 utils = pytest.importorskip("mlx_lm.utils", reason="mlx-lm does not load here", exc_type=ImportError)
 

@@ -15,9 +15,6 @@ from tests.ring_jax.models import SMALL, same_bits, write_hf
 from tests.ring_jax.random_tensors import random_tensors
 from tests.train.test_loop import base, losses, one_line, succeed, train  # noqa: F401
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
-
 STILL = ["--optimizer.learning_rate", "0", "--optimizer.balance_rate", "0"]
 
 
@@ -38,7 +35,7 @@ def tensors(folder):
     return load_file(folder / "model.safetensors")
 
 
-@pytest.mark.parametrize("mesh", ["1x1", "2x2"])
+@pytest.mark.parametrize("mesh", ["1x1", pytest.param("2x2", marks=pytest.mark.slow)])
 def test_steps_that_change_nothing_give_the_folder_back(released, data, tmp_path, mesh):
     """With a rate of 0 what comes out is what went in: weights, bias, settings and other files."""
     run, out = tmp_path / "run", tmp_path / "out"
@@ -66,6 +63,7 @@ def test_a_run_continues_another(released, data, tmp_path):
     assert "unknown model" in one_line(done.returncode, done.err)
 
 
+@pytest.mark.slow
 def test_what_was_trained_computes_the_same_elsewhere(data, tmp_path, capsys):
     """A bf16 run and the folder made of it give the same bits: rounded weights, routers in fp32."""
     run, out, lines = tmp_path / "run", tmp_path / "out", tmp_path / "lines.jsonl"
@@ -84,6 +82,7 @@ def test_what_was_trained_computes_the_same_elsewhere(data, tmp_path, capsys):
     assert checkpoint.load(out).tokenizer is not None
 
 
+@pytest.mark.slow
 def test_another_tokenizer(released, data, tmp_path):
     """It goes where the weights go, and what belonged to the old one does not."""
     run, out = tmp_path / "run", tmp_path / "out"

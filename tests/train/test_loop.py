@@ -17,9 +17,6 @@ import pytest
 from ring_jax import checkpoint
 from ring_jax.train.__main__ import main
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
-
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 FIELDS = {"loss", "nll", "learning_rate", "gradient_norm", "load_imbalance", "tokens_per_second", "scored_tokens", "skipped_steps"}
 
@@ -123,6 +120,7 @@ def test_the_run_folder(finished):
     assert f"ring_jax.infer --checkpoint {folder}" in err.splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_alignment_of_the_run(finished):
     """The report reads a run folder, whose arrays come back on one device, and shards it over four."""
     command = [sys.executable, "-m", "ring_jax.infer", "align", "--checkpoint", str(finished[0]), "--tokens", "150"]
