@@ -323,7 +323,7 @@ def mistakes(folder, tmp_path):
     yield (*checkpoint, "--prompt", "a", "--max-tokens", 0), "max-tokens must be at least 1, not 0"
     yield (*checkpoint, "--prompt", "a", "--seed", -1), f"seed must be from 0 to {(1 << 32) - 1}, not -1"
     yield (*checkpoint, "--prompt", "a", "--max-tokens", "many"), "invalid int value: 'many'"
-    yield (*checkpoint, "--prompt", "a", "--precision", "fp8"), "invalid choice: 'fp8'"
+    yield (*checkpoint, "--prompt", "a", "--precision", "fp4"), "invalid choice: 'fp4'"
     yield (*checkpoint, "--prompt", "a", "--colour", "blue"), "--colour"
     yield ("scores", *checkpoint, "--prompt", "a"), "scores"
 
