@@ -308,7 +308,7 @@ def mistake(capsys, *arguments):
         (["--seq-len", "2048"], "2048 exceeds the 1024 positions"),
         (["--tokenizer", "words"], "'words'"),
         (["--model.vocab_size", "200"], "257 tokens, more than the model's vocabulary of 200"),
-        (["--precision", "fp9"], "'fp9'; known: bf16, fp32"),
+        (["--precision", "fp9"], "'fp9'; known: bf16, fp8, fp32"),
         (["--checkpoint.every", "0"], "checkpoint.every must be at least 1, not 0"),
         (["--optimizer.accumulate", "3"], "accumulate 3 does not divide the batch size 4"),
         (["--steps", "many"], "'many'"),
