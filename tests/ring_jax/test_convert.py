@@ -56,8 +56,8 @@ def test_fp32_checkpoint_in_bf16(small_tensors, tmp_path):
     routers = [block.ffn.router[...] for segment in model.segments for block in segment if hasattr(block.ffn, "router")]
     theirs = small_tensors["model.layers.1.mlp.gate.weight"].T
     assert any((np.asarray(router).reshape(-1, *theirs.shape) == theirs).all((1, 2)).any() for router in routers), "routers stay fp32"
-    with pytest.raises(ValueError, match="unknown precision 'fp8'; known: fp32, bf16"):
-        checkpoint.load(folder, precision="fp8")
+    with pytest.raises(ValueError, match="unknown precision 'fp4'; known: fp32, bf16, fp8"):
+        checkpoint.load(folder, precision="fp4")
 
 
 @pytest.mark.parametrize("stacked", [True, False])
