@@ -132,7 +132,8 @@ def test_stacked_is_unstacked(tmp_path, documents):
     assert same_bits(*[h[:, : LENGTHS[1]] for h in hidden])
 
 
-@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_unrolled_is_looped(documents, dtype):
     """How many layers a turn computes changes no bit of the training forward, gradients and all."""
     config = dataclasses.replace(PRESETS["test"], num_layers=10, period=5, num_dense_layers=0)
