@@ -19,6 +19,7 @@ from tests.pallas_kernels.tolerances import assert_close, assert_same_bits
 ONLY = {
     "first_norm": ["xla"],
     "gated_odd": ["pallas_tpu", "pallas_gpu"],
+    "swiglu": ["xla fast", "xla", "pallas_tpu"],  # the weighted one has all of it; XLA:CPU takes minutes for this one as a GPU's kernel
     "swiglu_odd": ["pallas_tpu", "pallas_gpu"],
     "heads_whole": ["xla fast", "pallas_tpu"],
     "heads_small": ["pallas_tpu", "pallas_gpu"],
@@ -85,7 +86,7 @@ def test_value_and_gradients(name, mode):
 
 @pytest.mark.parametrize(
     ("name", "mode"),
-    [("norm", "xla fast"), ("norm", "pallas_tpu"), ("gated", "pallas_gpu"), ("swiglu", "pallas_gpu"), ("heads", "pallas_tpu")],
+    [("norm", "xla fast"), ("norm", "pallas_tpu"), ("gated", "pallas_gpu"), ("swiglu_weighted", "pallas_gpu"), ("heads", "pallas_tpu")],
 )
 def test_value_and_gradients_in_bf16(name, mode):
     check(name, jnp.bfloat16, mode)
