@@ -118,7 +118,7 @@ def generate(args: argparse.Namespace) -> int:
     print(
         f"prefill {t.prefill_tokens} tokens, {t.prefill_tokens / t.prefill_seconds:,.1f} tokens/s; "
         f"decode {t.decode_tokens} tokens, {t.decode_tokens / max(t.decode_seconds, 1e-9):,.1f} tokens/s "
-        f"({args.numerics} numerics, {model.numerics.dtype}; without {decoder.compile_seconds:.1f} s of compilation)",
+        f"({args.numerics} numerics, {model.numerics.precision}; without {decoder.compile_seconds:.1f} s of compilation)",
         file=sys.stderr,
     )
     return 0

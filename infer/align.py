@@ -436,7 +436,7 @@ def main(args: argparse.Namespace) -> int:
     meshes = [sharding.make_mesh(m) for m in _meshes(jax.device_count(), config)]
     print(f"{args.checkpoint}: {sum(map(len, documents)):,} tokens of {source} in {len(documents)} documents")
     where = f"{jax.devices()[0].device_kind}, jax {jax.__version__}" + (f", {simulated}" if simulated else "")
-    print(f"{stacked.numerics.dtype}, remat {remat}, {where}\n{HEADER}")
+    print(f"{stacked.numerics.precision}, remat {remat}, {where}\n{HEADER}")
     rows = report(Programs(stacked, unstacked), documents, meshes)
     if args.json:
         pathlib.Path(args.json).write_text(json.dumps([row._asdict() for row in rows], indent=1))

@@ -303,8 +303,7 @@ def load(
     arrays: dict[str, Any] = read_arrays(source, parameters(abstract), placed)
     if precision is not None and precision not in DTYPES:
         raise ValueError(f"unknown precision {precision!r}; known: {', '.join(DTYPES)}")
-    precision = precision or stored
-    numerics = Numerics(aligned=aligned, dtype=DTYPES[precision], fp8=precision == "fp8", remat=remat, kernels=kernels)
+    numerics = Numerics.of(precision or stored, aligned=aligned, remat=remat, kernels=kernels)
     return Loaded(build(config, numerics, arrays, stacked=stacked, mesh=mesh), config, tokenizer)
 
 

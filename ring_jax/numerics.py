@@ -12,7 +12,7 @@ from jax.ad_checkpoint import checkpoint_name
 from pallas_kernels.compat import compiler_options, dot_operand
 from pallas_kernels.grouped_matmul import Groups, gather_grouped_matmul, gather_groups, grouped_matmul
 from pallas_kernels.grouped_scaled_matmul import fp8_grouped_matmul
-from pallas_kernels.matmul import matmul
+from pallas_kernels.matmul import itself, matmul
 from pallas_kernels.scaled_matmul import fp8_matmul
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp8": "bfloat16"}
@@ -43,17 +43,26 @@ class Numerics:
         if self.remat not in REMAT_POLICIES:
             raise ValueError(f"unknown remat policy {self.remat!r}; known: {', '.join(REMAT_POLICIES)}")
 
+    @classmethod
+    def of(cls, precision: str, **others: Any) -> "Numerics":
+        """Return the numerics of a precision by its name in DTYPES."""
+        return cls(dtype=DTYPES[precision], fp8=precision == "fp8", **others)
+
+    @property
+    def precision(self) -> str:
+        """The name of the precision of products."""
+        return next(name for name in DTYPES if DTYPES[name] == self.dtype and (name == "fp8") == self.fp8)
+
     @property
     def ops(self) -> dict[str, Any]:
         """Arguments that every op of `pallas_kernels` takes."""
         return {"aligned": self.aligned, "implementation": self.kernels}
 
-    def matmul(self, x: jax.Array, w: jax.Array, epilogue: Callable | None = None, rows: Sequence = (), weights: Sequence = ()) -> Any:
+    def matmul(self, x: jax.Array, w: jax.Array, epilogue: Callable = itself, rows: Sequence = (), weights: Sequence = ()) -> Any:
         """Return `matmul` of rows x [*rows, D] and a weight w [D, F], and what follows it, in the precision of products."""
-        if not self.fp8:
-            return matmul(x, w, *([] if epilogue is None else [epilogue]), rows=rows, weights=weights, **self.ops)
-        y = fp8_matmul(x, w, **self.ops)
-        return y if epilogue is None else epilogue(y, *rows, *weights, **self.ops)
+        if self.fp8:
+            return epilogue(fp8_matmul(x, w, **self.ops), *rows, *weights, **self.ops)
+        return matmul(x, w, epilogue, rows, weights, **self.ops)
 
     def grouped_matmul(self, x: jax.Array, w: jax.Array, groups: Groups, row_tile: int, num_slots: int = 0) -> jax.Array:
         """Return the products of groups of rows with their weights w [E, D, F]; with num_slots x are tokens, else rows in their groups."""

@@ -15,7 +15,7 @@ from ring_jax import numerics, scoring, sharding
 from ring_jax.config import ModelConfig
 from ring_jax.model import Ring
 from ring_jax.moe import RouterStats, balance
-from ring_jax.numerics import DTYPES, Numerics
+from ring_jax.numerics import Numerics
 from ring_jax.scoring import Batch
 from ring_jax.train.config import OptimizerConfig, TrainConfig
 from ring_jax.train.optimizer import make_optimizer, schedule
@@ -62,8 +62,8 @@ class Program(NamedTuple):
 def numerics_of(config: TrainConfig) -> Numerics:
     """Return how a run computes its forward."""
     unroll = config.unroll or (4 if jax.default_backend() == "cpu" else 1)
-    aligned, dtype = config.numerics == "aligned", DTYPES[config.precision]
-    return Numerics(aligned=aligned, dtype=dtype, fp8=config.precision == "fp8", remat=config.remat, unroll=unroll, kernels=config.kernels)
+    how = {"remat": config.remat, "unroll": unroll, "kernels": config.kernels}
+    return Numerics.of(config.precision, aligned=config.numerics == "aligned", **how)
 
 
 def make_program(

@@ -286,7 +286,7 @@ def test_fast_numerics_and_bf16(model, capsys):
         capsys, "--checkpoint", model.folder, "--prompt", "a", "--numerics", "fast", "--precision", "bf16", "--max-tokens", 2
     )
     assert status == 0
-    assert "fast numerics, bfloat16" in err
+    assert "fast numerics, bf16" in err
     assert out.endswith("\n")
 
 

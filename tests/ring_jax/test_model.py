@@ -25,9 +25,9 @@ WIDTHS = (100, 1)
 CACHE = 256
 
 
-def make(config, *, stacked=True, aligned=True, dtype="float32") -> Programs:
+def make(config, *, stacked=True, aligned=True, dtype="float32", fp8=False) -> Programs:
     """Return the programs of a random model whose balancing biases are not zero."""
-    model = Ring(config, Numerics(aligned=aligned, dtype=dtype), rngs=nnx.Rngs(0), stacked=stacked)
+    model = Ring(config, Numerics(aligned=aligned, dtype=dtype, fp8=fp8), rngs=nnx.Rngs(0), stacked=stacked)
     graph, params, balance, tables = scoring.split(model)
     balance = jax.tree.map(lambda b: b + 0.1 * jnp.sin(jnp.arange(b.size, dtype=jnp.float32)).reshape(b.shape), balance)
     return Programs(scoring.merge(graph, params, balance, tables, dtype))
@@ -66,6 +66,7 @@ SPLITS = [
     pytest.param({"stacked": False, "dtype": "bfloat16"}, 128, id="bf16-128"),
     pytest.param({"stacked": False, "dtype": "float32"}, 128, id="fp32-128", marks=pytest.mark.slow),
     pytest.param({"stacked": True, "dtype": "bfloat16"}, 64, id="bf16-64", marks=pytest.mark.slow),
+    pytest.param({"stacked": False, "dtype": "bfloat16", "fp8": True}, 64, id="fp8-64", marks=pytest.mark.slow),
 ]
 
 
@@ -101,6 +102,17 @@ def test_forward_is_prefill_plus_decode_in_fast_numerics(documents, dtype):
         assert np.abs(error).max() < 1e-4
     else:  # a rounding may flip a token's experts, so most rows are near, not all
         assert np.median(np.abs(error).max(-1)) < 0.05
+
+
+@pytest.mark.parametrize("num_dense_layers", [0, 1])
+def test_fp8_products_of_a_layer_cost_a_few_percent(documents, num_dense_layers):
+    """And they do quantise. A rounding may flip a token's experts, so most rows are near, not all."""
+    config = dataclasses.replace(SMALL, num_layers=1, num_dense_layers=num_dense_layers)
+    tokens, positions = pad(documents, 256)
+    models = (make(config, aligned=False, dtype="bfloat16", fp8=fp8) for fp8 in (False, True))
+    exact, found = (model.hidden(tokens, positions)[positions >= 0].astype(np.float64) for model in models)
+    error = np.median(np.linalg.norm(found - exact, axis=-1) / np.linalg.norm(exact, axis=-1))
+    assert 0.01 < error < 0.15, error
 
 
 def test_state_of_a_resting_slot_is_kept(documents):
