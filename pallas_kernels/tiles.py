@@ -226,14 +226,15 @@ FLASH_GPU_FP32_BACKWARD = MappingProxyType({"h200": FlashGpu(32, 8, 1, keys=32)}
 
 
 class GroupedRows(NamedTuple):
-    """Rows of a tile, to which groups are padded: in aligned numerics, and in fast ones at low and at high load."""
+    """Rows of a tile, to which groups are padded: in aligned numerics; in fast ones at least, at a low load, and at most."""
 
     aligned: int
-    smallest: int
-    largest: int
+    least: int
+    low_load: int
+    most: int
 
 
-GROUPED_ROWS = MappingProxyType({"accelerator": GroupedRows(16, 16, 16), "cpu": GroupedRows(16, 8, 256)})
+GROUPED_ROWS = MappingProxyType({"accelerator": GroupedRows(16, 16, 16, 16), "cpu": GroupedRows(12, 1, 8, 256)})
 """The kernels cut groups into tiles of their own (below), whatever the padding: here little of it counts. Plain JAX takes these tiles."""
 
 

@@ -6,6 +6,7 @@ rows = grouped_matmul(rows, w, groups.tiles, row_tile=row_tile)
 y = combine_groups(rows, groups, weights)                                           # back to the tokens
 """
 
+import math
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -46,12 +47,17 @@ class Groups(NamedTuple):
 
 
 def row_tile_for(num_rows: int, num_groups: int, *, aligned: bool) -> int:
-    """Return the rows of a tile: one size in aligned numerics, else about a quarter of a group's mean load, so that little is padding."""
+    """Return the rows of a tile: one size in aligned numerics, else one that leaves little padding for a group's mean load.
+
+    That is a quarter of the load where it is high, and where it is low so many that most groups fill one tile: a group's matrix is
+    fetched once, however many tiles it has.
+    """
     sizes = tables.of(tables.GROUPED_ROWS)
     if aligned:
         return sizes.aligned
-    load = max(1, num_rows // num_groups)
-    return min(max(sizes.smallest, (1 << (load - 1).bit_length()) // 4), sizes.largest)
+    load = num_rows / num_groups
+    rows = max(load / 4, min(2 * load, sizes.low_load))
+    return 1 << math.ceil(math.log2(min(max(rows, sizes.least), sizes.most)))
 
 
 def group_rows(group: Int[Array, " M"], num_groups: int, row_tile: int) -> Groups:

@@ -11,7 +11,7 @@ from ring_jax import checkpoint
 from ring_jax.infer.generate import Decoder
 from ring_jax.infer.score import Scorer
 from ring_jax.tokenizer import Tokenizer
-from tests.ring_jax.models import SMALL, write_hf
+from tests.ring_jax.models import TWO_LAYERS, write_hf
 from tests.ring_jax.random_tensors import random_tensors
 
 
@@ -26,7 +26,7 @@ class Bytes(NamedTuple):
 
 @pytest.fixture(scope="session")
 def model(tmp_path_factory) -> Bytes:
-    config = dataclasses.replace(SMALL, num_layers=3, max_positions=300, stop_tokens=(258, 259))
+    config = dataclasses.replace(TWO_LAYERS, max_positions=300, stop_tokens=(258, 259))
     tensors = random_tensors(config)
     # Replies are ASCII: each token is a character, and decoding it never waits for the next.
     tensors["lm_head.weight"] *= np.where((np.arange(260) >= 32) & (np.arange(260) < 127), 1, 0.01)[:, None].astype(np.float32)

@@ -16,6 +16,24 @@ ON_GPU = (pytest.mark.gpu, pytest.mark.skipif(jax.default_backend() != "gpu", re
 """Marks of what runs a GPU's kernels on a GPU; where there is none they are interpreted."""
 
 
+_KERNEL_DTYPE = {"pallas_tpu": "fp32", "pallas_gpu": "bf16"}
+
+
+def modes_and_dtypes(modes: Iterable[str], cases: Iterable | None = None, native_cases: Iterable | None = None) -> list:
+    """Return the parameters (mode, dtype) of a test of bits, or (mode, dtype, case), with those of a GPU's kernel on a GPU.
+
+    Interpreted kernels differ from plain JAX in their loads and stores, not in their roundings: one dtype each.
+    """
+    each = lambda cases: [()] if cases is None else [(case,) for case in cases]
+    pairs = [(mode, dtype) for mode in modes for dtype in DTYPES if _KERNEL_DTYPE.get(mode, dtype) == dtype]
+    native = [(dtype, *case) for dtype in DTYPES for case in each(native_cases or cases)]
+    label = lambda how: "-".join(["native", *map(str, how)])
+    return [
+        *((*pair, *case) for pair in pairs for case in each(cases)),
+        *(pytest.param("pallas_gpu", *how, marks=ON_GPU, id=label(how)) for how in native),
+    ]
+
+
 def with_native(modes: Iterable, cases: Iterable, released: Iterable) -> list:
     """Return the parameters (mode, case): all pairs, and on a GPU its kernel with these cases and those of the released models' sizes."""
     native = (pytest.param("pallas_gpu", case, marks=ON_GPU, id=f"native-{case}") for case in (*cases, *released))

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from pallas_kernels import GRID
 from pallas_kernels.flash_attention import flash_attention, flash_attention_paged, reference
 from pallas_kernels.flash_attention.cases import TEST_CASES, Case, Inputs, inputs
-from tests.pallas_kernels.programs import DTYPES, ON_GPU, in_float64, jit, jit_for_values, random_like, with_gradients
+from tests.pallas_kernels.programs import DTYPES, ON_GPU, in_float64, jit, jit_for_values, modes_and_dtypes, random_like, with_gradients
 from tests.pallas_kernels.tolerances import assert_close, assert_same_bits
 
 MODES = {
@@ -23,10 +23,7 @@ MODES = {
 }
 """How the op is computed; kernels are interpreted here: what they do not write, or read from outside of an array, is NaN there."""
 KERNELS = ["pallas_tpu", "pallas_gpu"]
-EXACT_MODES_AND_DTYPES = [("aligned", "fp32"), ("aligned", "bf16"), ("pallas_tpu", "fp32"), ("pallas_gpu", "bf16")]
-NATIVE = [pytest.param("pallas_gpu", dtype, marks=ON_GPU, id=f"native-{dtype}") for dtype in DTYPES]
-exact_modes_and_dtypes = pytest.mark.parametrize(("mode", "dtype"), [*EXACT_MODES_AND_DTYPES, *NATIVE])
-"""Interpreted kernels differ from plain JAX in their loads and stores, not in their roundings: one dtype each."""
+exact_modes_and_dtypes = pytest.mark.parametrize(("mode", "dtype"), modes_and_dtypes(["aligned", *KERNELS]))
 PROMPT = Case(2, 333, 4, 2, 16, V=32)
 CACHE = 512
 KERNEL_CASES = ["odd_length", "segments", "heads_not_power_of_two", "value_size_differs"]
@@ -152,9 +149,7 @@ def test_a_piece_of_a_prompt_has_the_bits_of_the_whole(mode, dtype, first, count
 
 
 @pytest.mark.parametrize(
-    ("mode", "dtype", "heads"),
-    [(*how, heads) for how in EXACT_MODES_AND_DTYPES for heads in [(4, 2), (4, 1), (6, 2)] if heads != (4, 1) or how[0] == "aligned"]
-    + [pytest.param(*how.values, (6, 2), marks=ON_GPU, id=how.id) for how in NATIVE],
+    ("mode", "dtype", "heads"), [*modes_and_dtypes(["aligned"], [(4, 2), (4, 1)]), *modes_and_dtypes(["aligned", *KERNELS], [(6, 2)])]
 )  # 6 / 2: a tile's positions do not divide the offset
 def test_bits_do_not_depend_on_batch_or_place_in_a_packed_row(mode, dtype, heads):
     aligned, given = forward(mode), inputs(Case(2, 3 * GRID, *heads, 16), DTYPES[dtype])

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from pallas_kernels import GRID
 from pallas_kernels.lightning_attention import lightning_attention, lightning_attention_step, lightning_attention_verify, reference
 from pallas_kernels.lightning_attention.cases import TEST_CASES, Case, inputs
-from tests.pallas_kernels.programs import DTYPES, ON_GPU, in_float64, jit, jit_for_values, random_like, with_gradients, with_native
+from tests.pallas_kernels.programs import DTYPES, ON_GPU, in_float64, jit, jit_for_values, modes_and_dtypes, random_like, with_gradients
 from tests.pallas_kernels.tolerances import assert_close, assert_same_bits
 
 MODES = {
@@ -27,7 +27,17 @@ every_mode = pytest.mark.parametrize("mode", [*MODES, native])
 EXACT = [mode for mode in MODES if mode != "fast"]
 """Those whose rows have one set of bits."""
 every_exact_mode = pytest.mark.parametrize("mode", [*EXACT, native])
-every_exact_mode_and_size = pytest.mark.parametrize(("mode", "size"), with_native(EXACT, [16], [128]))
+exact_modes_and_dtypes = pytest.mark.parametrize(("mode", "dtype"), modes_and_dtypes(EXACT))
+
+
+def exact_modes_and_chunks(plain, kernel):
+    """Parametrise by mode, dtype, chunk size, and head size: `plain` (dtype, chunk size) in plain JAX, `kernel[name]` in a kernel."""
+    here = [(mode, *how, 16) for mode in EXACT for how in kernel.get(mode, plain)]
+    sizes = [(*how, size) for how in plain for size in (16, 128)]
+    native = [pytest.param("pallas_gpu", *given, marks=ON_GPU, id="-".join(map(str, ("native", *given)))) for given in sizes]
+    return pytest.mark.parametrize(("mode", "dtype", "chunk_size", "size"), [*here, *native])
+
+
 RELEASED = Case(2, 197, 2, 128, 128, state=True, segments=True)
 """Heads as the released models have them: a GPU's tiles as they are there."""
 
@@ -81,13 +91,13 @@ def truth(name):
 
 
 BF16_CASES = ["odd_length", "segments_and_state", "chunk_128", "strong_decay"]
-"""For interpreted kernels, which differ from plain JAX in their loads and stores, not in their roundings."""
+"""Where another form differs from the aligned one in its loads and stores, not in its roundings."""
 
 
 @pytest.mark.parametrize(
     ("mode", "name", "dtype"),
     [(mode, name, "fp32") for mode in MODES for name in TEST_CASES]
-    + [(mode, name, "bf16") for mode in MODES for name in (BF16_CASES if "pallas" in mode else TEST_CASES)]
+    + [(mode, name, "bf16") for mode in MODES for name in (TEST_CASES if mode == "aligned" else BF16_CASES)]
     + [
         pytest.param("pallas_gpu", name, dtype, marks=ON_GPU, id=f"native-{name}-{dtype}")
         for name in (*TEST_CASES, "released")
@@ -163,8 +173,7 @@ def buffers_at(given, start, rows, chunk_size):
     return buffer(given.k), buffer(given.v)
 
 
-@every_exact_mode_and_size
-@pytest.mark.parametrize(("dtype", "chunk_size"), [("fp32", 64), ("bf16", 64), ("bf16", 128)])
+@exact_modes_and_chunks([("fp32", 64), ("bf16", 64), ("bf16", 128)], {"pallas_tpu": [("fp32", 64)], "pallas_gpu": [("bf16", 128)]})
 def test_decode_rows_have_the_bits_of_training_at_every_position(dtype, chunk_size, size, mode):
     """Every position of the first two chunks, as 2 C slots of one batch; a third chunk is left open in training."""
     length, width = 2 * chunk_size + 9, 2 * chunk_size
@@ -188,8 +197,7 @@ def test_decode_rows_have_the_bits_of_training_at_every_position(dtype, chunk_si
                 assert_same_bits(rows, out[row, chosen])
 
 
-@every_exact_mode_and_size
-@pytest.mark.parametrize(("dtype", "chunk_size"), [("fp32", 64), ("bf16", 64), ("fp32", 128)])
+@exact_modes_and_chunks([("fp32", 64), ("bf16", 64), ("fp32", 128)], {"pallas_tpu": [("fp32", 128)], "pallas_gpu": [("bf16", 64)]})
 def test_full_chunks_are_folded_into_the_states_of_the_forward(dtype, chunk_size, size, mode):
     """The last token of a chunk moves the state on; a slot whose chunk stays open, and one without a token, keep theirs."""
     length = 2 * chunk_size
@@ -224,8 +232,7 @@ def test_a_step_reads_the_copy_of_the_state(mode):
 PATHS = ((0, 1, 3, 4), (0, 1, 5, -1), (0, 2, -1, -1), (6, -1, -1, -1))
 
 
-@every_exact_mode
-@pytest.mark.parametrize("dtype", DTYPES)
+@exact_modes_and_dtypes
 def test_a_tree_of_drafts_has_the_bits_of_each_path_in_training(dtype, mode):
     """In the middle of a chunk, over its end, and where the second token begins the next chunk; the slots differ in that."""
     starts = np.array([17, 61, 63])
@@ -274,8 +281,7 @@ def test_64k_positions_lose_nothing(dtype, mode):
     assert_close(out[:, length - tail :], np.asarray(truth), DTYPES[dtype])
 
 
-@every_exact_mode
-@pytest.mark.parametrize("dtype", DTYPES)
+@exact_modes_and_dtypes
 def test_bits_do_not_depend_on_batch_length_or_place_in_a_packed_row(dtype, mode):
     given = inputs(Case(2, 3 * GRID, 2, 16, 32), DTYPES[dtype])
     first, second = (given._replace(**{name: getattr(given, name)[row : row + 1] for name in "qkv"}) for row in range(2))
@@ -291,8 +297,7 @@ def test_bits_do_not_depend_on_batch_length_or_place_in_a_packed_row(dtype, mode
     assert_same_bits(forward(64, mode)(*packed, given.log_decay, reset=reset)[0][0, GRID : GRID + 77], alone)
 
 
-@every_exact_mode
-@pytest.mark.parametrize("dtype", DTYPES)
+@exact_modes_and_dtypes
 def test_a_prompt_in_pieces_has_the_bits_of_the_whole(dtype, mode):
     cut = 64
     given = inputs(Case(2, 192, 2, 16, 32, state=True), DTYPES[dtype])

@@ -15,7 +15,17 @@ from pallas_kernels.fused_layers import reference as layers
 from pallas_kernels.matmul import ROW_TILE, map_row_tiles, matmul, reference
 from pallas_kernels.matmul.api import IMPLEMENTATIONS
 from pallas_kernels.matmul.cases import TEST_CASES, Case, inputs
-from tests.pallas_kernels.programs import DTYPES, ON_GPU, in_float64, jit, jit_for_values, random_like, with_gradients, with_native
+from tests.pallas_kernels.programs import (
+    DTYPES,
+    ON_GPU,
+    in_float64,
+    jit,
+    jit_for_values,
+    modes_and_dtypes,
+    random_like,
+    with_gradients,
+    with_native,
+)
 from tests.pallas_kernels.tolerances import assert_close, assert_same_bits
 
 ROW_COUNTS = (1, 8, ROW_TILE - 1, ROW_TILE, ROW_TILE + 1, 64, 200, 300)
@@ -47,9 +57,9 @@ def test_out_dtype_keeps_the_accumulator(is_aligned, implementation):
 
 
 @pytest.mark.parametrize(
-    ("implementation", "sizes"), with_native(IMPLEMENTATIONS, [(96, 8), (96, 40), (400, 150)], [(2048, 2048), (2048, 6144)])
+    ("implementation", "dtype", "sizes"),
+    modes_and_dtypes(IMPLEMENTATIONS, [(96, 8), (96, 40), (400, 150)], [(400, 150), (2048, 2048), (2048, 6144)]),
 )
-@pytest.mark.parametrize("dtype", DTYPES)
 def test_rows_do_not_depend_on_how_many_there_are(sizes, dtype, implementation):
     x, w = inputs(Case((max(ROW_COUNTS),), *sizes), DTYPES[dtype])
     run = aligned[implementation]
@@ -122,8 +132,7 @@ def test_epilogue_value_and_gradients(num, is_aligned, implementation):
     assert_close(actual, in_float64(with_gradients(plain), arguments, cotangents), jnp.float32)
 
 
-@every_implementation
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("implementation", "dtype"), modes_and_dtypes(IMPLEMENTATIONS))
 def test_epilogue_rows_do_not_depend_on_how_many_there_are(dtype, implementation):
     """Nor on whether the gradient keeps the product."""
     x, *others = epilogue_inputs(max(ROW_COUNTS), DTYPES[dtype])

@@ -1,5 +1,6 @@
 """Checkpoints and programs that the tests of the model and of inference share."""
 
+import dataclasses
 import json
 import pathlib
 from collections.abc import Sequence
@@ -40,6 +41,8 @@ SMALL = ModelConfig(
     init_scale=0.2,
 )
 """Each kind of layer once: linear and dense, linear and sparse, softmax, and a softmax layer behind the last whole group."""
+TWO_LAYERS = dataclasses.replace(SMALL, num_layers=2, period=2)
+"""Each operator once: a linear layer with a dense FFN, a softmax layer with experts."""
 
 YARN = (("beta_fast", 32), ("factor", 4.0), ("original_max_position_embeddings", 512), ("rope_type", "yarn"))
 

@@ -26,7 +26,7 @@ from ring_jax.convert.store import Writer
 from ring_jax.model import Ring
 from ring_jax.reference import Twin
 from ring_jax.tokenizer import Tokenizer
-from tests.ring_jax.models import GOLDEN, SMALL, Programs, same_bits, write_hf
+from tests.ring_jax.models import GOLDEN, SMALL, TWO_LAYERS, Programs, same_bits, write_hf
 from tests.ring_jax.random_tensors import random_tensors
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
@@ -79,7 +79,7 @@ def released(tmp_path_factory, tensors):
     return folder
 
 
-@pytest.mark.parametrize("name", ["periodic", "trailing"])
+@pytest.mark.parametrize("name", [pytest.param("periodic", marks=pytest.mark.slow), "trailing"])
 def test_golden_checkpoints_go_round_trip(tmp_path, name, capsys):
     convert("from-hf", GOLDEN / name, tmp_path / "ours", "--verify")
     assert f"layer {ModelConfig.num_dense_layers} " in capsys.readouterr().out
@@ -164,7 +164,7 @@ def test_large_parts_are_cut(tmp_path, tensors, monkeypatch):
 
 def test_block_scaled_fp8(tmp_path, tokens, capsys):
     """An FP8 tensor is its values times the scale of each 128 x 128 block, rounded to bf16; or it is kept, and computes the same."""
-    config = dataclasses.replace(SMALL, hidden_size=144, expert_size=160)
+    config = dataclasses.replace(TWO_LAYERS, hidden_size=144, expert_size=160)
     plain, rng = random_tensors(config), np.random.default_rng(0)
     stored, expected = {}, {}
     for name, tensor in plain.items():

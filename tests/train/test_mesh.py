@@ -25,7 +25,7 @@ SAVED = "2x4"
 def model_config():
     import dataclasses
 
-    return dataclasses.replace(preset("test"), num_layers=3, hidden_size=64)
+    return dataclasses.replace(preset("test"), num_layers=2, period=2, hidden_size=64)
 
 
 def make_program(mesh):

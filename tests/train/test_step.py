@@ -213,7 +213,7 @@ def test_bf16_keeps_fp32_masters():
     assert metrics.loss != exact.loss
 
 
-@pytest.mark.parametrize("aligned", [False, True])
+@pytest.mark.parametrize("aligned", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_packed_documents_do_not_see_each_other(aligned):
     graph, params, biases, tables = scoring.split(Ring(MODEL, Numerics(aligned=aligned), rngs=nnx.Rngs(0)))
     logprobs = jax.jit(lambda batch: scoring.token_logprobs(nnx.merge(graph, params, biases, tables), batch))
@@ -234,7 +234,7 @@ def test_packed_documents_do_not_see_each_other(aligned):
             np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("remat", ["mixers", "full"])
+@pytest.mark.parametrize("remat", ["mixers", pytest.param("full", marks=pytest.mark.slow)])
 def test_remat_changes_nothing(remat):
     batch = make_batch()
     expected, (plain,) = run(program(), batch)
