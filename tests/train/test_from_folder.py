@@ -13,7 +13,7 @@ from ring_jax.infer.__main__ import main as infer
 from ring_jax.tokenizer import Tokenizer
 from tests.ring_jax.models import TWO_LAYERS, same_bits, write_hf
 from tests.ring_jax.random_tensors import random_tensors
-from tests.train.test_loop import base, losses, one_line, succeed, train  # noqa: F401
+from tests.train.test_loop import base, losses, one_line, succeed, train, train_apart  # noqa: F401
 
 STILL = ["--optimizer.learning_rate", "0", "--optimizer.balance_rate", "0"]
 
@@ -39,7 +39,21 @@ def tensors(folder):
 def test_steps_that_change_nothing_give_the_folder_back(released, data, tmp_path, mesh):
     """With a rate of 0 what comes out is what went in: weights, bias, settings and other files."""
     run, out = tmp_path / "run", tmp_path / "out"
-    succeed("--model", released, *data, "--precision", "fp32", "--mesh", mesh, "--steps", 2, "--output", run, *STILL)
+    succeed(
+        "--model",
+        released,
+        *data,
+        "--precision",
+        "fp32",
+        "--mesh",
+        mesh,
+        "--steps",
+        2,
+        "--output",
+        run,
+        *STILL,
+        train=train if mesh == "1x1" else train_apart,
+    )
     assert convert(["to-hf", str(run), str(out), "--verify"]) == 0
     assert same_bits([tensors(out)[name] for name in tensors(released)], list(tensors(released).values()))
     assert (out / "config.json").read_text() == (released / "config.json").read_text()
@@ -58,7 +72,7 @@ def test_a_run_continues_another(released, data, tmp_path):
     assert losses(second)[:3] == losses(first)
     assert len(losses(second)) == 5
     done = train("--model", tmp_path / "gone", *common, "--output", tmp_path / "third", "--resume")
-    assert "unknown model" in one_line(done.returncode, done.err)
+    assert "unknown model" in one_line(*done)
 
 
 @pytest.mark.slow
@@ -96,17 +110,17 @@ def test_another_tokenizer(released, data, tmp_path):
 def test_mistakes(released, data, tmp_path):
     folder = write_hf(tmp_path / "bare", TWO_LAYERS, random_tensors(TWO_LAYERS))
     done = train("--model", folder, *data, "--output", tmp_path / "run")
-    assert f"{folder} has no tokenizer.json: give --tokenizer" in one_line(done.returncode, done.err)
+    assert f"{folder} has no tokenizer.json: give --tokenizer" in one_line(*done)
     done = train("--model", released, *data, "--output", tmp_path / "run", "--model.num_layers", 3)
-    assert "is not the checkpoint its config.json describes: missing model.layers.2" in one_line(done.returncode, done.err)
+    assert "is not the checkpoint its config.json describes: missing model.layers.2" in one_line(*done)
     converted = tmp_path / "converted"
     assert convert(["from-hf", str(released), str(converted)]) == 0
     before = sorted(path for path in converted.rglob("*"))
     for more in ("--overwrite", "--resume"):
         done = train("--model", converted, *data, "--output", converted, more)
         message = "holds converted weights, no run to resume" if more == "--resume" else "is where the weights come from"
-        assert message in one_line(done.returncode, done.err)
+        assert message in one_line(*done)
     assert sorted(path for path in converted.rglob("*")) == before
     done = train("--model", "rnig-mini", *data, "--output", tmp_path / "run")
-    assert "unknown model preset 'rnig-mini'" in one_line(done.returncode, done.err)
+    assert "unknown model preset 'rnig-mini'" in one_line(*done)
     assert not (tmp_path / "run").exists()

@@ -1,5 +1,7 @@
 """A training run as its user sees it: its files, resuming, kills at any moment, signals, and one line for every mistake."""
 
+import contextlib
+import io
 import itertools
 import json
 import os
@@ -11,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+from typing import NamedTuple
 
 import pytest
 
@@ -40,14 +43,31 @@ def start(arguments, command=("-m", "ring_jax.train")):
     return subprocess.Popen(command, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
-def train(*arguments, **options):
-    """The finished process of a run, with what it wrote to stderr."""
+class Ended(NamedTuple):
+    """The status of a run's command, and what it wrote to stderr."""
+
+    returncode: int | str | None
+    err: str
+
+
+def train(*arguments):
+    """The command in this process."""
+    with contextlib.redirect_stderr(io.StringIO()) as err:
+        try:
+            code = main([str(argument) for argument in arguments])
+        except SystemExit as end:
+            code = end.code
+    return Ended(code, err.getvalue())
+
+
+def train_apart(*arguments, **options):
+    """The command in a process of its own."""
     process = start(arguments, **options)
-    _, process.err = process.communicate(timeout=600)
-    return process
+    _, err = process.communicate(timeout=600)
+    return Ended(process.returncode, err)
 
 
-def succeed(*arguments):
+def succeed(*arguments, train=train):
     done = train(*arguments)
     assert done.returncode == 0, done.err
     assert "Traceback" not in done.err
@@ -225,7 +245,7 @@ def test_an_interrupt_saves(base, finished, tmp_path, number):
 def test_ten_steps_in_a_row_that_are_not_finite(base, tmp_path):
     huge = ["--optimizer.learning_rate", "1e30", "--optimizer.warmup", 0]
     done = train(*base, "--steps", 30, "--output", tmp_path / "run", *huge)
-    assert "10 steps in a row" in one_line(done.returncode, done.err)
+    assert "10 steps in a row" in one_line(*done)
     lines = metrics(tmp_path / "run")
     assert [line["skipped_steps"] for line in lines] == [0, *range(1, 11)]
     assert "NaN" not in (tmp_path / "run" / "metrics.jsonl").read_text()
@@ -236,7 +256,7 @@ def test_a_truncated_checkpoint_is_named(base, copied):
     os.truncate(largest, largest.stat().st_size // 2)
     before = contents(copied)
     done = train(*base, "--steps", 9, "--output", copied, "--resume")
-    line = one_line(done.returncode, done.err)
+    line = one_line(*done)
     assert f"{copied}/checkpoints/8 is damaged" in line
     assert "cannot be read whole" in line
     assert contents(copied) == before
@@ -256,8 +276,8 @@ def test_a_checkpoint_that_cannot_be_written(base, finished, copied):
     """No file may grow beyond a limit that all but the arrays keep: what a full disk is to a save."""
     program = "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (85_000, 85_000)); from ring_jax.train.__main__ import main"
     arguments = [*base, "--steps", 20, "--checkpoint.every", 3, "--output", copied, "--resume"]
-    done = train(*arguments, command=["-c", f"{program}; sys.exit(main())"])
-    line = one_line(done.returncode, done.err)
+    done = train_apart(*arguments, command=["-c", f"{program}; sys.exit(main())"])
+    line = one_line(*done)
     assert f"{copied}/checkpoints/9 could not be written (File too large)" in line
     assert steps_saved(copied)[-1] == 8
     assert checkpoint.load(copied).config.num_layers == 2
@@ -276,8 +296,8 @@ def test_a_full_disk(base, finished, tmp_path):
         for step in (4, 6):
             shutil.rmtree(run / "checkpoints" / str(step))
         (disk / "filling").write_bytes(bytes(shutil.disk_usage(disk).free - 400_000))
-        done = train(*base, "--steps", 30, "--checkpoint.every", 3, "--output", run, "--resume")
-        assert "No space left on device" in one_line(done.returncode, done.err)
+        done = train_apart(*base, "--steps", 30, "--checkpoint.every", 3, "--output", run, "--resume")
+        assert "No space left on device" in one_line(*done)
         assert steps_saved(run) == [8]
         (disk / "filling").unlink()
         succeed(*base, "--steps", 9, "--output", run, "--resume")
@@ -288,11 +308,9 @@ def test_a_full_disk(base, finished, tmp_path):
 
 def mistake(capsys, *arguments):
     """The line that these arguments give, which never start a run."""
-    try:
-        code = main([str(argument) for argument in arguments])
-    except SystemExit as error:
-        code = error.code
-    return one_line(code, capsys.readouterr().err)
+    done = train(*arguments)
+    assert capsys.readouterr().err == ""
+    return one_line(*done)
 
 
 @pytest.mark.parametrize(
@@ -359,8 +377,8 @@ def test_resume_with_another_model_is_refused(base, copied, capsys, change, mess
 
 
 def test_a_mistake_is_one_line_of_the_whole_program(base, tmp_path):
-    done = train(*base, "--output", tmp_path / "new", "--data", tmp_path / "missing")
-    assert done.err == f"{one_line(done.returncode, done.err)}\n"
+    done = train_apart(*base, "--output", tmp_path / "new", "--data", tmp_path / "missing")
+    assert done.err == f"{one_line(*done)}\n"
 
 
 @pytest.mark.slow
@@ -368,7 +386,7 @@ def test_a_mistake_is_one_line_of_the_whole_program(base, tmp_path):
 def test_a_run_on_a_mesh(base, tmp_path, mesh):
     """And its checkpoint goes on on one device."""
     folder, batch = tmp_path / "run", ["--batch-size", 64]
-    done = succeed(*base, *batch, "--steps", 3, "--mesh", mesh, "--output", folder)
+    done = succeed(*base, *batch, "--steps", 3, "--mesh", mesh, "--output", folder, train=train_apart)
     assert f"simulating {int(mesh[0]) * int(mesh[2])} devices" in done.err
     succeed(*base, *batch, "--steps", 5, "--output", folder, "--resume")
     succeed(*base, *batch, "--steps", 5, "--output", tmp_path / "alone")
