@@ -24,8 +24,8 @@ $(GATES_VENV)/.made: pyproject.toml
 	touch $@
 
 demo: env  ## train a small hybrid on real text, draw the loss, generate from it
-	$(BIN)/python -m ring_jax.train --output runs/demo --overwrite --precision fp32 --batch-size 32 --steps 600 --optimizer.schedule linear --optimizer.balance_rate 0.01
-	$(BIN)/python -m ring_jax.infer --checkpoint runs/demo --prompt 'def __init__(self, ' --max-tokens 160
+	$(BIN)/python -m ring_jax.train --output runs/demo --overwrite --precision fp32 --tokenizer bytes --seq-len 512 --batch-size 8 --steps 500 --optimizer.schedule linear --optimizer.balance_rate 0.01
+	$(BIN)/python -m ring_jax.infer --checkpoint runs/demo --prompt 'def __init__(self, ' --max-tokens 400
 	@echo 'The loss curve: runs/demo/loss.png'
 
 test: env env-gates  ## the test suite

@@ -6,6 +6,7 @@ Prefill and decode run on a random checkpoint of the preset `bench-140m`, which 
 """
 
 import argparse
+import dataclasses
 import json
 import os
 import pathlib
@@ -36,6 +37,8 @@ from ring_jax.train.step import make_program, numerics_of
 
 GEMMS = ((1024, 1024, 1024), (2048, 2048, 2048), (4096, 1024, 1024), (8192, 256, 1024), (1024, 4096, 1024))
 """M, K, N of the products whose best median is the ceiling."""
+DEMO, SEQ_LEN, BATCH_SIZE = dataclasses.replace(PRESETS["demo"], vocab_size=384), 512, 8
+"""What `make demo` trains."""
 PROMPT = 1024
 DECODE_BATCHES = (1, 16, 64)
 DECODE_AT = 256
@@ -64,10 +67,10 @@ def product(m: int, k: int, n: int, dtype: str) -> Callable[[], Any]:
 
 def training_step(precision: str) -> tuple[Callable[[], Any], TrainConfig]:
     """Return a run of the demo's training step, and its configuration."""
-    config, run = PRESETS["demo"], TrainConfig(precision=precision, batch_size=32)  # as `make demo`
-    program = make_program(config, numerics_of(run), run.optimizer, run.steps, 0, None)
+    run = TrainConfig(precision=precision, seq_len=SEQ_LEN, batch_size=BATCH_SIZE)
+    program = make_program(DEMO, numerics_of(run), run.optimizer, run.steps, 0, None)
     rng, shape = np.random.default_rng(0), (run.batch_size, run.seq_len)
-    tokens, positions = rng.integers(0, config.vocab_size, shape), np.broadcast_to(np.arange(run.seq_len), shape)
+    tokens, positions = rng.integers(0, DEMO.vocab_size, shape), np.broadcast_to(np.arange(run.seq_len), shape)
     batch = Batch(*(jnp.asarray(x, jnp.int32) for x in (tokens, positions, np.ones(shape))))
     state = [program.init()]
 
@@ -86,7 +89,7 @@ def bench_training(precisions: Sequence[str], repeats: int) -> list[dict[str, An
         taken = medians({"step": step} | {shape: product(*shape, DTYPES[precision]) for shape in GEMMS}, repeats)
         limit = max(2 * m * k * n / taken[m, k, n] for m, k, n in GEMMS)
         rate = run.batch_size * run.seq_len / taken["step"]
-        work = rate * flops.training_flops_per_token(PRESETS["demo"], run.seq_len)
+        work = rate * flops.training_flops_per_token(DEMO, run.seq_len)
         speed = {"tokens/s": rate, "GFLOP/s": work / 1e9, "ceiling GFLOP/s": limit / 1e9, "MFU": work / limit}
         rows.append({"what": "train demo", "dtype": precision, **speed})
     return rows

@@ -105,6 +105,11 @@ def lines(row: dict[str, Any]) -> list[str]:
         matrix = ", ".join(f"{number} {name}" for name, number in k["instructions"].items())
         label = f"  {k['kernel']:<64}" if several else title
         text.append(f"{label}{size}{work}{times}{k['estimate'] / row['floor']:>6.2f}  {bound:<8}{matrix}")
+    if "unfused" in row:
+        fused, unfused = row["moved"] / 1e6, row["unfused"] / 1e6
+        text.append(
+            f"  moves {fused:.1f} MB; without kernels, as the compiler fuses it, {unfused:.1f} MB: {unfused / fused:.2f} times as many"
+        )
     if row["failed"]:
         text.append(f"{'' if text else title:<66} FAILS: {'; '.join(row['failed'])}")
     return text

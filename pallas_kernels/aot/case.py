@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import math
 import os
 import pkgutil
 import re
@@ -24,7 +25,8 @@ class CompileCase(NamedTuple):
     bytes and flops are what the op itself moves and computes; with the chip's rates they make the floor. The gates: it compiles, on a GPU
     nothing spills, `instruction` (a regular expression) is in the PTX, the estimate is at most `floor_ratio` times the floor, and the
     program's peak memory at most `memory` bytes. `turns`: how often a kernel's loops turn, by its name, on average, where
-    that is data.
+    that is data. `unfused`: the same without kernels; of the bytes that it moves as the compiler fuses it, the program with kernels may
+    move at most the part `fewer_bytes`.
     """
 
     kernel: str
@@ -40,6 +42,8 @@ class CompileCase(NamedTuple):
     memory: float | None = None
     quick: bool = False
     turns: Mapping[str, int] = MappingProxyType({})
+    unfused: Callable | None = None
+    fewer_bytes: float | None = None
 
 
 class Chip(NamedTuple):
@@ -78,13 +82,53 @@ def failures(case: CompileCase, row: dict[str, Any]) -> list[str]:
         found.append(f"estimate is {row['estimate'] / row['floor']:.2f} of the floor, over {case.floor_ratio}")
     if case.memory and row["memory"] > case.memory:
         found.append(f"takes {row['memory'] / 2**20:.0f} MiB, over {case.memory / 2**20:.0f}")
+    if case.fewer_bytes and row["moved"] > case.fewer_bytes * row["unfused"]:
+        found.append(f"moves {row['moved'] / row['unfused']:.2f} of what the compiler's own fusions move, over {case.fewer_bytes:.2f}")
     return found
 
 
-def row(case: CompileCase, chip: Chip, memory: Any, kernels: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return the record of a compiled case. Its estimate is the sum of its kernels' (each counted once, however often it runs)."""
+_ELEMENT_BITS = {"pred": 8, "s4": 4, "u4": 4, "c64": 64, "c128": 128}
+_NO_MOVES = ("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "copy-done", "slice-done", "after-all")
+
+
+def hlo_bytes(text: str) -> int:
+    """Return the bytes that a compiled program's operations move, but for its kernels: each operand and result of an operation once.
+
+    What a TPU's compiler keeps in VMEM between operations (memory space 1) counts at neither end. Loops' bodies are not counted.
+    """
+    total, sizes = 0, {}
+    for line in text[text.index("\nENTRY") :].splitlines():
+        match = re.match(r"\s+(?:ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\((.*?)\)", line)
+        if not match:
+            continue
+        name, shape, operation, operands = match.groups()
+        sizes[name] = sum(map(_array_bytes, re.findall(r"([a-z]\w*)\[([\d,]*)\](\{[^}]*\})?", shape)))
+        is_kernel = operation == "custom-call" and re.search(r'custom_call_target="(tpu_custom_call|__gpu\$xla\.gpu\.triton)"', line)
+        if operation not in _NO_MOVES and not is_kernel:
+            total += sizes[name] + sum(sizes.get(operand, 0) for operand in re.findall(r"%([\w.\-]+)", operands))
+    return total
+
+
+def _array_bytes(array: tuple[str, str, str]) -> int:
+    kind, dimensions, layout = array
+    if "S(1)" in layout or kind == "token":
+        return 0
+    bits = _ELEMENT_BITS.get(kind) or int(re.findall(r"\d+", kind)[0])
+    return math.prod(map(int, dimensions.split(","))) * bits // 8 if dimensions else bits // 8
+
+
+def row(
+    case: CompileCase, chip: Chip, compiled: Any, kernels: list[dict[str, Any]], moved: Sequence[float] = (), unfused: Any = None
+) -> dict[str, Any]:
+    """Return the record of a compiled case. Its estimate is the sum of its kernels' (each counted once, however often it runs).
+
+    moved: bytes of every call of a kernel, to which those of the program's other operations are added; unfused: the compiled `unfused`.
+    """
+    memory = compiled.memory_analysis()
     sizes = {name: getattr(memory, f"{name}_size_in_bytes") for name in ("argument", "output", "alias", "temp")}
-    return {
+    accessed = lambda program: hlo_bytes(program.as_text())
+    compared = {"moved": sum(moved) + accessed(compiled), "unfused": accessed(unfused)} if unfused else {}
+    return compared | {
         "kernels": kernels,
         "estimate": sum(k["estimate"] for k in kernels),
         "floor": max(case.bytes / chip.bandwidth, case.flops / chip.flops),

@@ -168,39 +168,46 @@ def bounds(counted: dict[str, Any], programs: int, threads: int, registers: int,
     }
 
 
-def compile_case(case: gates.CompileCase, target: str, folder: str) -> dict[str, Any]:
-    """Return the row of a case, compiled for one GPU."""
+def _compiled(case: gates.CompileCase, program: Any, target: str, folder: str) -> tuple[Any, Any]:
+    """Return a program of a case as traced and as compiled."""
     where = SingleDeviceSharding(_device())
     # In a program of its own ptxas can be watched; jax names the toolkit it finds beside itself, unless an option does.
     options = {"xla_allow_excess_precision": False, "xla_gpu_cuda_data_dir": _toolkit(folder), "xla_gpu_enable_libnvptxcompiler": False}
-    program = jax.jit(lambda *arguments: case.program(*arguments), in_shardings=where, out_shardings=where, donate_argnums=case.donate)
+    jitted = jax.jit(lambda *arguments: program(*arguments), in_shardings=where, out_shardings=where, donate_argnums=case.donate)
     with compat.compiling_for(target), jax.sharding.use_abstract_mesh(_abstract_mesh()):
-        traced = program.trace(*case.arguments)
-        compiled = traced.lower(lowering_platforms=("cuda",)).compile(compiler_options=options)
+        traced = jitted.trace(*case.arguments)
+        return traced, traced.lower(lowering_platforms=("cuda",)).compile(compiler_options=options)
+
+
+def compile_case(case: gates.CompileCase, target: str, folder: str) -> dict[str, Any]:
+    """Return the row of a case, compiled for one GPU."""
+    traced, compiled = _compiled(case, case.program, target, folder)
     parts, reports = {}, {}
     for path in pathlib.Path(folder).glob("kept-*.ptx"):
         reports |= resources(path)
         parts |= {match[1]: match[2] for match in re.finditer(r"\.entry (\w+)\((.*?)\n}", path.read_text(encoding="utf-8"), re.DOTALL)}
     sequence = "\n".join(path.read_text(encoding="utf-8") for path in pathlib.Path(folder).glob("*thunk_sequence.txt"))
     launches = re.findall(r"(\w+) grid: \[(\d+), (\d+), (\d+)\] threads: \[(\d+).*?shared_memory: (\d+)", sequence)
-    kernels = []
+    kernels, moves = [], []
     for equation in compat.equations(traced.jaxpr):
         if equation.primitive.name != "pallas_call":
             continue
         name = equation.params["name"]
+        cost, arrays = equation.params["cost_estimate"], [x.aval for x in (*equation.invars, *equation.outvars)]
+        moved = cost.bytes_accessed if cost else sum(x.size * x.dtype.itemsize for x in arrays)  # pyright: ignore[reportAttributeAccessIssue]
+        moves.append(moved)
         launch = next((launch for launch in launches if gates.is_named(launch[0], name)), None)
         if launch is None:
             continue  # an equal kernel was listed, or nothing uses it
         launches.remove(launch)
         grid, threads, shared = tuple(map(int, launch[1:4])), int(launch[4]), int(launch[5])
         counted, report = count(parts[launch[0]], equation.params["jaxpr"], case.turns.get(name)), reports[launch[0]]
-        cost, arrays = equation.params["cost_estimate"], [x.aval for x in (*equation.invars, *equation.outvars)]
-        moved = cost.bytes_accessed if cost else sum(x.size * x.dtype.itemsize for x in arrays)  # pyright: ignore[reportAttributeAccessIssue]
         times = bounds(counted, math.prod(grid), threads, report["registers"], shared, moved)
         record = {"kernel": name, "grid": grid, "threads": threads, "memory": shared, "moved": moved}
         record |= {key: counted[key] for key in ("known", "issued", "instructions", "sequence")} | report
         kernels.append(record | {"times": times, "estimate": max(times.values())})
-    return gates.row(case, CHIPS[target], compiled.memory_analysis(), kernels)
+    unfused = _compiled(case, case.unfused, target, folder)[1] if case.unfused else None
+    return gates.row(case, CHIPS[target], compiled, kernels, moves, unfused)
 
 
 if __name__ == "__main__":

@@ -95,32 +95,39 @@ def schedule(text: str, utilization: str, kernel: Any, steps: int) -> dict[str, 
     }
 
 
-def compile_case(case: gates.CompileCase, target: str, folder: str) -> dict[str, Any]:
-    """Return the row of a case, compiled for one chip. Traced inside `shard_map`, so that Pallas sees the topology's device."""
-    chip, mesh = CHIPS[target], _mesh(target)
-    program = jax.shard_map(case.program, mesh=mesh, in_specs=P(), out_specs=P(), check_vma=False)
+def _compiled(case: gates.CompileCase, program: Any, target: str) -> tuple[Any, Any]:
+    """Return a program of a case as traced and as compiled. Traced inside `shard_map`, so that Pallas sees the topology's device."""
+    mesh = _mesh(target)
+    program = jax.shard_map(program, mesh=mesh, in_specs=P(), out_specs=P(), check_vma=False)
     arguments = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, P())), case.arguments)
     with compat.compiling_for(target):
         traced = jax.jit(program, donate_argnums=case.donate).trace(*arguments)
-        compiled = traced.lower().compile(compiler_options=compat.compiler_options(True))
+        return traced, traced.lower().compile(compiler_options=compat.compiler_options(True))
+
+
+def compile_case(case: gates.CompileCase, target: str, folder: str) -> dict[str, Any]:
+    """Return the row of a case, compiled for one chip."""
+    chip = CHIPS[target]
+    traced, compiled = _compiled(case, case.program, target)
     bundles, units = (_listing(folder, name) for name in ("packed-bundles-post-ra.txt", "pre-delay_hlo-static-per-bundle-utilization.txt"))
     vmem = dict(
         re.findall(
             r'%([\w.\-]+) = [^\n]*"tpu_custom_call"[^\n]*"used_scoped_memory_configs":\[\{[^}]*"size":"(\d+)"', compiled.as_text() or ""
         )
     )
-    kernels = []
+    kernels, moves = [], []
     for equation in compat.equations(traced.jaxpr):
         if equation.primitive.name != "pallas_call":
             continue
         name, mapping, semantics = (equation.params[key] for key in ("name", "grid_mapping", "compiler_params"))
+        grid, semantics = tuple(mapping.grid), getattr(semantics, "dimension_semantics", None) or ()
+        moved = moved_bytes(grid, mapping)
+        moves.append(moved)
         hlo = next((n for n in bundles if gates.is_named(n, name)), None)
         if hlo is None:
             continue  # an equal kernel was listed, or nothing uses it
-        grid, semantics = tuple(mapping.grid), getattr(semantics, "dimension_semantics", None) or ()
         steps, parallel = math.prod(grid), math.prod(n for n, kind in zip(grid, semantics, strict=False) if "parallel" in str(kind).lower())
         record = schedule(bundles.pop(hlo), units.get(hlo, ""), equation.params["jaxpr"], steps)
-        moved = moved_bytes(grid, mapping)
         core_steps = math.ceil(parallel / chip.cores) * steps // parallel
         times = {"compute": core_steps * record["cycles"] / chip.clock, "memory": moved / chip.bandwidth}
         record |= {
@@ -132,7 +139,8 @@ def compile_case(case: gates.CompileCase, target: str, folder: str) -> dict[str,
             "estimate": max(times.values()),
         }
         kernels.append(record)
-    return gates.row(case, chip, compiled.memory_analysis(), kernels)
+    unfused = _compiled(case, case.unfused, target)[1] if case.unfused else None
+    return gates.row(case, chip, compiled, kernels, moves, unfused)
 
 
 if __name__ == "__main__":

@@ -122,25 +122,55 @@ def model_cases(name: str, num: int) -> dict[str, Case]:
     }
 
 
+def between_products(name: str, num: int, mixer: str) -> list[Case]:
+    """Return what stands between the products of a released model's layer with experts over `num` rows."""
+    of, F = model_cases(name, num), {"mini": 512, "flash": 1024}[name]
+    mixed = [of["qk_norm_rope linear"], of["gated_group_norm"]] if mixer == "linear" else [of["qk_norm_rope"]]
+    return [of["residual_rms_norm"], *mixed, of["residual_rms_norm"], of["route"], of["swiglu expert"], swiglu(num, F)]
+
+
+def trained(layers: list[tuple[Callable, Case]], dtype: DTypeLike) -> tuple[Callable, tuple[Any, ...]]:
+    """Return a program of the values and gradients of layers, each with inputs of its own, and the shapes of its arguments."""
+    arguments, cotangents = [], []
+    for _, case in layers:
+        structs = case.structs(dtype)
+        outs = jax.eval_shape(case.function(dtype, implementation="xla"), *structs)
+        arguments.append(tuple(structs))
+        cotangents.append(jax.tree.map(lambda x: x if jnp.issubdtype(x.dtype, jnp.floating) else None, outs))
+
+    def run(arguments, cotangents):
+        return [_both(layer, case, given, d_outs) for (layer, case), given, d_outs in zip(layers, arguments, cotangents, strict=True)]
+
+    return run, (arguments, cotangents)
+
+
+def _both(layer: Callable, case: Case, arguments: Any, d_outs: Any) -> tuple[Any, Any]:
+    """A layer's results, and the gradients of its arguments that have one."""
+
+    def of_chosen(*values):
+        full = list(arguments)
+        for at, value in zip(case.differentiable, values, strict=True):
+            full[at] = value
+        outs = layer(*full)
+        return jax.tree.map(lambda x, d: x if d is not None else None, outs, d_outs, is_leaf=lambda x: x is None), outs
+
+    _, pull_back, outs = jax.vjp(of_chosen, *(arguments[at] for at in case.differentiable), has_aux=True)
+    return outs, pull_back(d_outs)
+
+
+def equations_of(case: Case, dtype: DTypeLike) -> Callable:
+    """Return the reference of a case with results as the layer gives them."""
+    like = jax.eval_shape(case.function(dtype, implementation="xla"), *case.structs(dtype))
+    return lambda *arguments: jax.tree.map(lambda y, x: y.astype(x.dtype).reshape(x.shape), case.truth(*arguments), like)
+
+
 def program(case: Case, dtype: DTypeLike, backward: bool, **kwargs) -> tuple[Callable, tuple[Any, ...]]:
     """Return the layer, or its gradient as a program of its own, and the shapes of its arguments."""
     layer, structs = case.function(dtype, **kwargs), tuple(case.structs(dtype))
     if not backward:
         return layer, structs
-    chosen = case.differentiable
-    outs = jax.eval_shape(layer, *structs)
-    d_outs = jax.tree.map(lambda x: x if jnp.issubdtype(x.dtype, jnp.floating) else None, outs)
-
-    def gradient(arguments, d_outs):
-        def of_chosen(*values):
-            full = list(arguments)
-            for at, value in zip(chosen, values, strict=True):
-                full[at] = value
-            return jax.tree.map(lambda x, d: x if d is not None else None, layer(*full), d_outs, is_leaf=lambda x: x is None)
-
-        return jax.vjp(of_chosen, *(arguments[at] for at in chosen))[1](d_outs)
-
-    return gradient, (structs, d_outs)
+    both, (arguments, d_outs) = trained([(layer, case)], dtype)
+    return lambda arguments, d_outs: both([arguments], [d_outs])[0][1], (arguments[0], d_outs[0])
 
 
 def moved_bytes(case: Case, dtype: DTypeLike, backward: bool) -> int:
@@ -201,3 +231,20 @@ def compile_cases() -> Iterator[CompileCase]:
                     floor_ratio=_RATIOS[case.op][0 if targets != ("h200",) else 1] if num > 64 else None,
                     quick=(model, num) == ("mini", 64),
                 )
+    for model, mixer, targets in (("mini", "linear", ("v5p", "h200")), ("mini", "softmax", ("h200",)), ("flash", "linear", ("v5p",))):
+        layers = between_products(model, 8192, mixer)
+        plain, arguments = trained([(equations_of(case, jnp.bfloat16), case) for case in layers], jnp.bfloat16)
+        for target in targets:
+            how = {"implementation": "pallas_gpu" if target == "h200" else "pallas_tpu"}
+            run, _ = trained([(case.function(jnp.bfloat16, **how), case) for case in layers], jnp.bfloat16)
+            yield CompileCase(
+                kernel="fused_layers.layer.trained",
+                shape=f"{model} {mixer} 8192",
+                targets=(target,),
+                program=run,
+                arguments=arguments,
+                bytes=sum(moved_bytes(case, jnp.bfloat16, backward) for case in layers for backward in (False, True)),
+                flops=0,
+                unfused=plain,
+                fewer_bytes=0.8,
+            )

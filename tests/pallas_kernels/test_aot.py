@@ -87,10 +87,38 @@ def test_errors_and_crashes_are_rows(tmp_path):
         ({}, {"instruction": "n256"}, "no n256 but wgmma.m64n128k16"),
         ({}, {"floor_ratio": 1.05}, "estimate is 1.10 of the floor, over 1.05"),
         ({}, {"memory": 2.0**29}, "takes 1024 MiB, over 512"),
+        ({"moved": 9, "unfused": 12}, {"fewer_bytes": 0.7}, "moves 0.75 of what the compiler's own fusions move, over 0.70"),
     ],
 )
 def test_gates(change, case, said):
     assert gates.failures(CASE._replace(**case), ROW | change) == ([said] if said else [])
+
+
+HLO = """HloModule m
+
+%fused (p: bf16[8,128]) -> f32[8,128] {
+  %p = bf16[8,128]{1,0} parameter(0)
+  ROOT %c = f32[8,128]{1,0} convert(%p)
+}
+
+ENTRY %main (a: bf16[8,128], b: f32[8,128]) -> (f32[8,128], s32[8]) {
+  %a = bf16[8,128]{1,0:T(8,128)(2,1)} parameter(0)
+  %b = f32[8,128]{1,0:T(8,128)} parameter(1)
+  %kernel = f32[8,128]{1,0} custom-call(%a, %b), custom_call_target="tpu_custom_call"
+  %copy-start = (f32[8,128]{1,0:S(1)}, f32[8,128]{1,0}, u32[]{:S(2)}) copy-start(%kernel)
+  %copy-done = f32[8,128]{1,0:S(1)} copy-done(%copy-start)
+  %wide = f32[8,128]{1,0:S(1)} fusion(%a), kind=kLoop, calls=%fused
+  %sorted = (f32[8,128]{1,0}, s32[8]{0}) fusion(%wide, %copy-done), kind=kLoop, calls=%other
+  %first = f32[8,128]{1,0} get-tuple-element(%sorted), index=0
+  ROOT %out = (f32[8,128]{1,0}, s32[8]{0}) tuple(%first, %first)
+}
+"""
+
+
+def test_bytes_of_a_compiled_program():
+    """Those between operations and HBM: not a kernel's own, not what stays in VMEM."""
+    fetched, read, written = 4096 + 4, 2048, 4096 + 32
+    assert gates.hlo_bytes(HLO) == fetched + 4096 + read + written
 
 
 def test_a_missing_environment_is_one_line():

@@ -126,6 +126,17 @@ def test_rows_do_not_depend_on_what_stands_beside_or_around_them(name, implement
     assert_same_bits([y for y, _ in around(*alone)], [y[-1:] for y in jax.tree.leaves(jit(layer)(*arguments))])
 
 
+@pytest.mark.parametrize(("name", "mixer"), [("mini", "linear"), ("flash", "softmax")])
+def test_what_stands_between_the_products_of_a_layer(name, mixer):
+    """The gates compare the bytes of two programs: of the layers, and of their equations."""
+    layers = cases.between_products(name, 64, mixer)
+    fused, arguments = cases.trained([(case.function(jnp.bfloat16), case) for case in layers], jnp.bfloat16)
+    plain, _ = cases.trained([(cases.equations_of(case, jnp.bfloat16), case) for case in layers], jnp.bfloat16)
+    shapes = lambda program: jax.tree.map(lambda x: (x.shape, x.dtype), jax.eval_shape(program, *arguments))
+    assert len(layers) == (7 if mixer == "linear" else 6)
+    assert shapes(fused) == shapes(plain)
+
+
 @pytest.mark.parametrize("kind", ["v5e", "v5p", "v6e", "h200"])
 @pytest.mark.parametrize("name", ["residual_rms_norm", "qk_norm_rope", "route"])
 def test_one_tile_for_any_number_of_rows(kind, name):
