@@ -24,9 +24,9 @@ $(GATES_VENV)/.made: pyproject.toml
 	touch $@
 
 demo: env  ## train a small hybrid on real text, draw the loss, generate from it
-	$(BIN)/python -m ring_jax.train --output runs/demo --overwrite --precision fp32 --tokenizer bytes --seq-len 512 --batch-size 8 --steps 500 --optimizer.schedule linear --optimizer.balance_rate 0.01
-	$(BIN)/python -m ring_jax.infer --checkpoint runs/demo --prompt 'def __init__(self, ' --max-tokens 400
-	@echo 'The loss curve: runs/demo/loss.png'
+	$(BIN)/python -m ring_jax.train --output runs/python --overwrite --precision fp32 --tokenizer bytes --seq-len 512 --batch-size 8 --steps 500 --optimizer.schedule linear --optimizer.balance_rate 0.01
+	$(BIN)/python -m ring_jax.infer --checkpoint runs/python --prompt 'def __init__(self, ' --max-tokens 400
+	@echo 'The loss curve: runs/python/loss.png'
 
 test: env env-gates  ## the test suite
 	$(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile

@@ -1,10 +1,13 @@
 """What all tests share: signatures checked against the arrays they get, and one compilation cache for all tests and processes."""
 
+import gc
 import os
 import pathlib
 import tempfile
 
 from jaxtyping import install_import_hook
+
+gc.set_threshold(200_000, 50, 100)  # traced and compiled programs are millions of objects: looking through them took a tenth of the time
 
 _root = pathlib.Path(__file__).parent.parent
 # ring_jax.config checks its own values, and the tests give it bad ones.
