@@ -94,7 +94,8 @@ _NO_MOVES = ("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "
 def hlo_bytes(text: str) -> int:
     """Return the bytes that a compiled program's operations move, but for its kernels: each operand and result of an operation once.
 
-    What a TPU's compiler keeps in VMEM between operations (memory space 1) counts at neither end. Loops' bodies are not counted.
+    What a TPU's compiler keeps in VMEM between operations (memory space 1) counts at neither end; an operand that is read in part counts
+    whole; loops' bodies do not count.
     """
     total, sizes = 0, {}
     for line in text[text.index("\nENTRY") :].splitlines():
