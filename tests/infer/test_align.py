@@ -51,7 +51,7 @@ def assert_aligned(rows: list[align.Row]) -> None:
 # fp32 is what the command is run in below.
 @pytest.mark.parametrize(("precision", "remat"), [("bf16", "mixers"), pytest.param("fp32", "full", marks=pytest.mark.slow)])
 def test_report(two_layers, monkeypatch, precision, remat):
-    monkeypatch.setattr(align, "DECODE_BATCHES", ())
+    monkeypatch.setattr(align, "DECODE_BATCHES", (5,))
     monkeypatch.setattr(align, "PIECES", (100, 28))
     rows = align.report(programs(two_layers, precision, remat), DOCUMENTS, [])
     assert_aligned(rows)
@@ -64,6 +64,7 @@ def test_report(two_layers, monkeypatch, precision, remat):
         "prefill, left-padded",
         "prefill in pieces of 100, 28",
         "decode, batch 3",
+        "decode, batch 5",
     ]
     tokens = dict(zip(names, (row.tokens for row in rows), strict=True))
     assert tokens["prefill"] == tokens["decode, batch 3"] == sum(map(len, DOCUMENTS)) - 3

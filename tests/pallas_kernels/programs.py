@@ -22,14 +22,14 @@ _KERNEL_DTYPE = {"pallas_tpu": "fp32", "pallas_gpu": "bf16"}
 def modes_and_dtypes(modes: Iterable[str], cases: Iterable | None = None, native_cases: Iterable | None = None) -> list:
     """Return the parameters (mode, dtype) of a test of bits, or (mode, dtype, case), with those of a GPU's kernel on a GPU.
 
-    Interpreted kernels differ from plain JAX in their loads and stores, not in their roundings: one dtype each.
+    Interpreted kernels differ from plain JAX in their loads and stores, not in their roundings: one dtype each, the other one is slow.
     """
     each = lambda cases: [()] if cases is None else [(case,) for case in cases]
-    pairs = [(mode, dtype) for mode in modes for dtype in DTYPES if _KERNEL_DTYPE.get(mode, dtype) == dtype]
-    native = [(dtype, *case) for dtype in DTYPES for case in each(native_cases or cases)]
+    slow = lambda mode, dtype: [pytest.mark.slow] if _KERNEL_DTYPE.get(mode, dtype) != dtype else []
+    native = [(dtype, *case) for dtype in DTYPES for case in each(cases if native_cases is None else native_cases)]
     label = lambda how: "-".join(["native", *map(str, how)])
     return [
-        *((*pair, *case) for pair in pairs for case in each(cases)),
+        *(pytest.param(mode, dtype, *case, marks=slow(mode, dtype)) for mode in modes for dtype in DTYPES for case in each(cases)),
         *(pytest.param("pallas_gpu", *how, marks=ON_GPU, id=label(how)) for how in native),
     ]
 

@@ -31,8 +31,9 @@ exact_modes_and_dtypes = pytest.mark.parametrize(("mode", "dtype"), modes_and_dt
 
 
 def exact_modes_and_chunks(plain, kernel):
-    """Parametrise by mode, dtype, chunk size, and head size: `plain` (dtype, chunk size) in plain JAX, `kernel[name]` in a kernel."""
-    here = [(mode, *how, 16) for mode in EXACT for how in kernel.get(mode, plain)]
+    """Parametrise by mode, dtype, chunk size, and head size: `plain` (dtype, chunk size), in a kernel slow if not in `kernel[name]`."""
+    slow = lambda mode, how: [] if how in kernel.get(mode, plain) else [pytest.mark.slow]
+    here = [pytest.param(mode, *how, 16, marks=slow(mode, how)) for mode in EXACT for how in plain]
     sizes = [(*how, size) for how in plain for size in (16, 128)]
     native = [pytest.param("pallas_gpu", *given, marks=ON_GPU, id="-".join(map(str, ("native", *given)))) for given in sizes]
     return pytest.mark.parametrize(("mode", "dtype", "chunk_size", "size"), [*here, *native])
@@ -98,6 +99,7 @@ BF16_CASES = ["odd_length", "segments_and_state", "chunk_128", "strong_decay"]
     ("mode", "name", "dtype"),
     [(mode, name, "fp32") for mode in MODES for name in TEST_CASES]
     + [(mode, name, "bf16") for mode in MODES for name in (TEST_CASES if mode == "aligned" else BF16_CASES)]
+    + [pytest.param("fast", name, "bf16", marks=pytest.mark.slow) for name in TEST_CASES if name not in BF16_CASES]
     + [
         pytest.param("pallas_gpu", name, dtype, marks=ON_GPU, id=f"native-{name}-{dtype}")
         for name in (*TEST_CASES, "released")

@@ -58,7 +58,7 @@ def test_out_dtype_keeps_the_accumulator(is_aligned, implementation):
 
 @pytest.mark.parametrize(
     ("implementation", "dtype", "sizes"),
-    modes_and_dtypes(IMPLEMENTATIONS, [(96, 8), (96, 40), (400, 150)], [(400, 150), (2048, 2048), (2048, 6144)]),
+    modes_and_dtypes(IMPLEMENTATIONS, [(96, 8), (96, 40), (400, 150)], [(96, 8), (96, 40), (400, 150), (2048, 2048), (2048, 6144)]),
 )
 def test_rows_do_not_depend_on_how_many_there_are(sizes, dtype, implementation):
     x, w = inputs(Case((max(ROW_COUNTS),), *sizes), DTYPES[dtype])
