@@ -31,8 +31,8 @@ demo: env  ## train a small hybrid on real text, draw the loss, generate from it
 test: env env-gates  ## the test suite
 	$(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile
 
-test-slow: env  ## the tests that take minutes
-	$(BIN)/python -m pytest -q -m slow
+test-slow: env env-gates  ## all tests, with those that take minutes, every program compiled as users compile it
+	RING_JAX_TEST_OPTIMISED=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile -m 'not gpu'
 
 gates: env env-gates  ## the gates of every change: kernels through the compilers of two chips, train and inference compared bit by bit
 	$(BIN)/python -m pallas_kernels.aot --jobs $(JOBS) --target v6e --target h200

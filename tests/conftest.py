@@ -1,10 +1,12 @@
 """What all tests share: signatures checked against the arrays they get, and one compilation cache for all tests and processes."""
 
+import contextlib
 import gc
 import os
 import pathlib
 import tempfile
 
+import pytest
 from jaxtyping import install_import_hook
 
 gc.set_threshold(200_000, 50, 100)  # traced and compiled programs are millions of objects: looking through them took a tenth of the time
@@ -20,4 +22,32 @@ _cache = pathlib.Path(os.environ.setdefault("RING_JAX_TEST_CACHE", tempfile.mkdt
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_cache / "xla"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "0")
+# Workers enough for the cores: compiling in parallel in each only adds work. It changes no program.
+os.environ.setdefault("XLA_FLAGS", "--xla_cpu_parallel_codegen_split_count=1")
 os.environ.setdefault("XDG_CACHE_HOME", str(_cache / "data"))  # tokenised data, too, is made once
+
+
+@contextlib.contextmanager
+def _unoptimised():
+    from ring_jax import numerics
+    from tests import unoptimised
+
+    with pytest.MonkeyPatch.context() as patch:
+        options = numerics.compiler_options
+        patch.setattr(numerics, "compiler_options", lambda aligned: options(aligned) | unoptimised.OPTIONS)
+        patch.setenv("XLA_FLAGS", unoptimised.xla_flags())
+        yield
+
+
+@pytest.fixture
+def unoptimised():
+    """The test's programs, in this process and others, are compiled as tests/unoptimised.py says."""
+    with _unoptimised():
+        yield
+
+
+@pytest.fixture(scope="module")
+def all_unoptimised():
+    """Those of all of a module's tests and fixtures."""
+    with _unoptimised():
+        yield

@@ -124,9 +124,9 @@ def make_program(
     step_shardings = (state_shardings, NamedSharding(mesh, P()))
     return Program(
         graph=graph,
-        tables=jax.jit(lambda: fresh()[1], out_shardings=place(table_specs))(),
-        init=jax.jit(lambda: fresh()[0], out_shardings=state_shardings),
-        start=jax.jit(start, out_shardings=state_shardings, donate_argnums=(0, 1)),
+        tables=numerics.jit(lambda: fresh()[1], how, out_shardings=place(table_specs))(),
+        init=numerics.jit(lambda: fresh()[0], how, out_shardings=state_shardings),
+        start=numerics.jit(start, how, out_shardings=state_shardings, donate_argnums=(0, 1)),
         abstract=abstract,
         step=numerics.jit(step, how, donate_argnums=0, out_shardings=step_shardings),
         evaluate=numerics.jit(evaluate, how),

@@ -49,6 +49,7 @@ def assert_aligned(rows: list[align.Row]) -> None:
 
 
 # fp32 is what the command is run in below.
+@pytest.mark.usefixtures("unoptimised")
 @pytest.mark.parametrize(("precision", "remat"), [("bf16", "mixers"), pytest.param("fp32", "full", marks=pytest.mark.slow)])
 def test_report(two_layers, monkeypatch, precision, remat):
     monkeypatch.setattr(align, "DECODE_BATCHES", (5,))
@@ -158,6 +159,7 @@ def plants():
         yield Plants(patch)
 
 
+@pytest.mark.usefixtures("unoptimised")
 def test_every_operator_is_named(folder, plants):
     """A difference of 2**-10 in any operator of the decode step is seen in the log-probabilities, and that operator is named."""
     documents = [DOCUMENTS[0], DOCUMENTS[1][:6]]
@@ -195,6 +197,7 @@ def test_every_operator_is_named(folder, plants):
     assert [key for key in sorted(reference[0].order, key=lambda key: key[0])] == order
 
 
+@pytest.mark.usefixtures("unoptimised")
 def test_command_names_a_difference(two_layers, monkeypatch, capsys, tmp_path):
     """Exit status 1, and the row says where; the other rows are still zero."""
     from ring_jax import linear_attention

@@ -12,6 +12,8 @@ from ring_jax.infer.chat import DIM, PLAIN, ChatTemplate, Thinking, chat
 from ring_jax.infer.generate import _Reply
 from ring_jax.tokenizer import Tokenizer
 
+pytestmark = pytest.mark.usefixtures("all_unoptimised")
+
 TEMPLATE = """{% for message in messages %}
 {% if message.role == 'user' %}
 <role>HUMAN</role>{{ message.content }}<|role_end|>{% else %}

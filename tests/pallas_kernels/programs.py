@@ -10,6 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests import unoptimised
+
 DTYPES = {"fp32": jnp.float32, "bf16": jnp.bfloat16}
 
 ON_GPU = (pytest.mark.gpu, pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a GPU"))
@@ -43,9 +45,16 @@ def with_native(modes: Iterable, cases: Iterable, released: Iterable) -> list:
 jit = functools.partial(jax.jit, compiler_options={"xla_allow_excess_precision": False})
 """The jit of aligned programs: intermediates are rounded where the tile says."""
 
-_UNOPTIMISED = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else {}
-jit_for_values = functools.partial(jax.jit, compiler_options={"xla_allow_excess_precision": False} | _UNOPTIMISED)
-"""The same where only values are looked at, to a tolerance: it compiles in half the time."""
+jit_for_values = functools.partial(jax.jit, compiler_options={"xla_allow_excess_precision": False} | unoptimised.OPTIONS)
+"""The same where only values are looked at, to a tolerance: it compiles in a fraction of the time."""
+
+
+def jit_of(implementation: str) -> Callable:
+    """Return the jit of tests of an implementation's bits (see tests/unoptimised.py).
+
+    Lightning attention's take `jit`: how a CPU's compiler rounds exponentials depends on the loop they stand in, unoptimised.
+    """
+    return jit_for_values if "pallas" in implementation else jit
 
 
 def with_gradients(f: Callable) -> Callable:

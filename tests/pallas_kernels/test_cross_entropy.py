@@ -14,12 +14,12 @@ from pallas_kernels.cross_entropy import head_logits, reference, token_logprobs
 from pallas_kernels.cross_entropy.api import IMPLEMENTATIONS
 from pallas_kernels.cross_entropy.cases import TEST_CASES, Case, inputs
 from pallas_kernels.cross_entropy.pallas import piece_size
-from tests.pallas_kernels.programs import DTYPES, ON_GPU, in_float64, jit, jit_for_values, random_like, with_gradients
+from tests.pallas_kernels.programs import DTYPES, ON_GPU, in_float64, jit, jit_for_values, jit_of, random_like, with_gradients
 from tests.pallas_kernels.tolerances import assert_close, assert_same_bits
 
 KERNELS = ["pallas_tpu", "pallas_gpu"]
-logprobs = {name: jit(functools.partial(token_logprobs, aligned=True, implementation=name)) for name in IMPLEMENTATIONS}
-logits = {name: jit(functools.partial(head_logits, aligned=True, implementation=name)) for name in IMPLEMENTATIONS}
+logprobs = {name: jit_of(name)(functools.partial(token_logprobs, aligned=True, implementation=name)) for name in IMPLEMENTATIONS}
+logits = {name: jit_of(name)(functools.partial(head_logits, aligned=True, implementation=name)) for name in IMPLEMENTATIONS}
 RELEASED = {"released": Case(150, 2048, 157184)}
 KERNEL_CASES = ["odd_rows", "several_tiles", "pieces_with_overlap"]
 """For interpreted kernels, which take longer."""
@@ -55,8 +55,7 @@ def test_value_and_gradients(name, dtype, implementation):
     dtype, aligned, implementation = DTYPES[dtype], implementation != "xla fast", implementation.removesuffix(" fast")
     (hidden, w, targets), cotangents, (values, gradients) = wanted(name, dtype)
     f = lambda hidden, w: token_logprobs(hidden, w, targets, aligned=aligned, implementation=implementation)
-    compiled = jit if implementation == "pallas_gpu" else jit_for_values
-    actual = compiled(with_gradients(f))((hidden, w), cotangents)
+    actual = jit_for_values(with_gradients(f))((hidden, w), cotangents)
     assert_close(actual[0], values, jnp.float32)  # fp32 logits whatever the dtype of the operands
     assert_close(actual[1], gradients, dtype)
     if implementation == "pallas_gpu":

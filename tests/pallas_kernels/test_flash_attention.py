@@ -12,7 +12,17 @@ from hypothesis import strategies as st
 from pallas_kernels import GRID
 from pallas_kernels.flash_attention import flash_attention, flash_attention_paged, reference
 from pallas_kernels.flash_attention.cases import TEST_CASES, Case, Inputs, inputs
-from tests.pallas_kernels.programs import DTYPES, ON_GPU, in_float64, jit, jit_for_values, modes_and_dtypes, random_like, with_gradients
+from tests.pallas_kernels.programs import (
+    DTYPES,
+    ON_GPU,
+    in_float64,
+    jit,
+    jit_for_values,
+    jit_of,
+    modes_and_dtypes,
+    random_like,
+    with_gradients,
+)
 from tests.pallas_kernels.tolerances import assert_close, assert_same_bits
 
 MODES = {
@@ -35,13 +45,13 @@ REFUSED_BY_GPUS = {"heads_not_power_of_two": "head size of 8", "value_size_diffe
 @functools.cache
 def forward(mode):
     """Return the op as a program."""
-    return jit(functools.partial(flash_attention, **MODES[mode]))
+    return jit_of(mode)(functools.partial(flash_attention, **MODES[mode]))
 
 
 @functools.cache
 def paged(mode):
     """Return the op over pages as a program."""
-    return jit(functools.partial(flash_attention_paged, **MODES[mode]))
+    return jit_of(mode)(functools.partial(flash_attention_paged, **MODES[mode]))
 
 
 def truth(differentiable, start, stop, cotangent):

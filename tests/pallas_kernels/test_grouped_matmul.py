@@ -23,7 +23,7 @@ from pallas_kernels.grouped_matmul import (
 )
 from pallas_kernels.grouped_matmul.api import IMPLEMENTATIONS
 from pallas_kernels.grouped_matmul.cases import TEST_CASES, Case, inputs
-from tests.pallas_kernels.programs import DTYPES, ON_GPU, in_float64, jit, modes_and_dtypes, random_like, with_gradients
+from tests.pallas_kernels.programs import DTYPES, ON_GPU, in_float64, jit_of, modes_and_dtypes, random_like, with_gradients
 from tests.pallas_kernels.tolerances import assert_close, assert_same_bits
 
 KERNELS = ("pallas_tpu", "pallas_gpu")
@@ -58,8 +58,8 @@ def program(implementation, aligned=True, gradients=True):
     """Return the compiled function ((x, w, weights), experts, cotangents) -> (results, gradients), or of results alone."""
     f = functools.partial(ffn, implementation=implementation, aligned=aligned)
     if not gradients:
-        return jit(f)
-    return jit(lambda arguments, experts, cotangents: with_gradients(lambda *a: f(*a, experts))(arguments, cotangents))
+        return jit_of(implementation)(f)
+    return jit_of(implementation)(lambda arguments, experts, cotangents: with_gradients(lambda *a: f(*a, experts))(arguments, cotangents))
 
 
 def truth(arguments, experts, cotangents):
@@ -139,7 +139,7 @@ def test_finite_garbage_in_padding_rows_changes_nothing(implementation, dtype):
     groups = group_rows(experts.reshape(-1), 8, 16)
     rows = gather_groups(x, groups, experts.shape[1])
     padding = (groups.source == experts.size)[:, None]
-    product = jit(functools.partial(grouped_matmul, row_tile=16, implementation=implementation))
+    product = jit_of(implementation)(functools.partial(grouped_matmul, row_tile=16, implementation=implementation))
     clean, dirty = (scatter_groups(product(r, w, groups.tiles), groups) for r in (rows, jnp.where(padding, 1e3, rows)))
     assert_same_bits(dirty, clean)
     beyond = int(groups.tiles.sum()) * 16

@@ -13,7 +13,7 @@ from pallas_kernels.grouped_scaled_matmul import fp8_grouped_matmul, grouped_sca
 from pallas_kernels.grouped_scaled_matmul.api import IMPLEMENTATIONS
 from pallas_kernels.grouped_scaled_matmul.cases import TEST_CASES
 from pallas_kernels.scaled_matmul import Quantized, quantize
-from tests.pallas_kernels.programs import DTYPES, ON_GPU, in_float64, jit, random_like, with_gradients
+from tests.pallas_kernels.programs import DTYPES, ON_GPU, in_float64, jit_for_values, jit_of, random_like, with_gradients
 from tests.pallas_kernels.tolerances import assert_close, assert_same_bits, fp8_tolerance
 
 ROW_TILE = 16
@@ -33,7 +33,7 @@ def program(implementation, power_of_two=False):
         fp8 = functools.partial(fp8_grouped_matmul, tiles=tiles, power_of_two=power_of_two, **how)
         return quantised, with_gradients(lambda x, w: fp8(x, w))(arguments, dy)
 
-    return jit(run)
+    return jit_of(implementation)(run)
 
 
 def grouped(case, dtype, seed=0):
@@ -90,7 +90,7 @@ def test_rows_do_not_depend_on_their_neighbours(implementation):
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_bf16_rounds_once(implementation):
     x, w, tiles, owner, _ = grouped(TEST_CASES["skewed"], DTYPES["bf16"])
-    y = jit(functools.partial(fp8_grouped_matmul, row_tile=ROW_TILE, implementation=implementation))(x, w, tiles)
+    y = jit_for_values(functools.partial(fp8_grouped_matmul, row_tile=ROW_TILE, implementation=implementation))(x, w, tiles)
     assert_close(y, in_float64(reference.grouped_scaled_matmul, quantize(x), quantize_groups(w), owner), jnp.bfloat16)
 
 

@@ -12,7 +12,17 @@ from hypothesis import strategies as st
 from pallas_kernels import GRID
 from pallas_kernels.lightning_attention import lightning_attention, lightning_attention_step, lightning_attention_verify, reference
 from pallas_kernels.lightning_attention.cases import TEST_CASES, Case, inputs
-from tests.pallas_kernels.programs import DTYPES, ON_GPU, in_float64, jit, jit_for_values, modes_and_dtypes, random_like, with_gradients
+from tests.pallas_kernels.programs import (
+    DTYPES,
+    ON_GPU,
+    in_float64,
+    jit,
+    jit_for_values,
+    jit_of,
+    modes_and_dtypes,
+    random_like,
+    with_gradients,
+)
 from tests.pallas_kernels.tolerances import assert_close, assert_same_bits
 
 MODES = {

@@ -21,6 +21,7 @@ from tests.pallas_kernels.programs import (
     in_float64,
     jit,
     jit_for_values,
+    jit_of,
     modes_and_dtypes,
     random_like,
     with_gradients,
@@ -31,7 +32,7 @@ from tests.pallas_kernels.tolerances import assert_close, assert_same_bits
 ROW_COUNTS = (1, 8, ROW_TILE - 1, ROW_TILE, ROW_TILE + 1, 64, 200, 300)
 FEW_COUNTS = (1, ROW_TILE + 1, 200)
 truth = with_gradients(reference.matmul)
-aligned = {name: jit(functools.partial(matmul, aligned=True, implementation=name)) for name in IMPLEMENTATIONS}
+aligned = {name: jit_of(name)(functools.partial(matmul, aligned=True, implementation=name)) for name in IMPLEMENTATIONS}
 native = pytest.param("pallas_gpu", marks=ON_GPU, id="native")
 every_implementation = pytest.mark.parametrize("implementation", [*IMPLEMENTATIONS, native])
 RELEASED = {"released_training": Case((300,), 2048, 6144), "released_decode": Case((3,), 5120, 2048)}
@@ -52,7 +53,7 @@ def test_value_and_gradients(name, dtype, implementation):
 @pytest.mark.parametrize("is_aligned", [False, True])
 def test_out_dtype_keeps_the_accumulator(is_aligned, implementation):
     x, w = inputs(TEST_CASES["odd_rows"], jnp.bfloat16)
-    y = jit(functools.partial(matmul, aligned=is_aligned, out_dtype=jnp.float32, implementation=implementation))(x, w)
+    y = jit_for_values(functools.partial(matmul, aligned=is_aligned, out_dtype=jnp.float32, implementation=implementation))(x, w)
     assert_close(y, in_float64(reference.matmul, x, w), jnp.float32)
 
 
@@ -137,9 +138,9 @@ def test_epilogue_rows_do_not_depend_on_how_many_there_are(dtype, implementation
     """Nor on whether the gradient keeps the product."""
     x, *others = epilogue_inputs(max(ROW_COUNTS), DTYPES[dtype])
     aligned_fused = functools.partial(fused, how=True, implementation=implementation)
-    run = jit(aligned_fused)
+    run = jit_of(implementation)(aligned_fused)
     everything = run(x, *others)
-    kept = jit(lambda *arguments: jax.vjp(aligned_fused, *arguments))(x, *others)[0]
+    kept = jit_of(implementation)(lambda *arguments: jax.vjp(aligned_fused, *arguments))(x, *others)[0]
     assert_same_bits(kept, everything)
     for num in ROW_COUNTS if implementation == "xla" else FEW_COUNTS:
         assert_same_bits(run(x[:num], *others), jax.tree.map(lambda y, num=num: y[:num], everything))

@@ -13,13 +13,13 @@ from pallas_kernels.scaled_matmul import Quantized, fp8_matmul, reference, scale
 from pallas_kernels.scaled_matmul import quantize as quantize_array
 from pallas_kernels.scaled_matmul.cases import TEST_CASES, Case, inputs
 from pallas_kernels.scaled_matmul.quantized import GROUP, LARGEST, SMALLEST_SCALE
-from tests.pallas_kernels.programs import DTYPES, ON_GPU, in_float64, jit, random_like, with_gradients
+from tests.pallas_kernels.programs import DTYPES, ON_GPU, in_float64, jit_for_values, jit_of, random_like, with_gradients
 from tests.pallas_kernels.tolerances import assert_close, assert_same_bits, fp8_tolerance, rms
 
 IMPLEMENTATIONS = ("xla", "pallas_tpu", "pallas_gpu")
 OUT_DTYPES = (jnp.float32, jnp.bfloat16)
 KERNELS = {
-    (name, out): jit(functools.partial(scaled_matmul, implementation=name, out_dtype=out, aligned=True))
+    (name, out): jit_of(name)(functools.partial(scaled_matmul, implementation=name, out_dtype=out, aligned=True))
     for name in IMPLEMENTATIONS
     for out in OUT_DTYPES
 }
@@ -60,7 +60,7 @@ def test_products_of_every_implementation(name, block):
     if name == "all_odd" and block:
         for implementation in IMPLEMENTATIONS:
             assert_close(product(implementation, jnp.bfloat16)(a, b), truth, jnp.bfloat16)
-        assert_close(jit(scaled_matmul)(a, b), truth, jnp.float32)
+        assert_close(jit_for_values(scaled_matmul)(a, b), truth, jnp.float32)
 
 
 @every_implementation
@@ -117,16 +117,17 @@ def test_fp8_matmul_and_its_gradients(name, implementation, dtype):
     x, w = inputs(TEST_CASES[name], DTYPES[dtype])
     f = functools.partial(fp8_matmul, implementation=implementation, power_of_two=dtype == "bf16")
     dy = random_like(jax.eval_shape(f, x, w))
-    actual = jit(with_gradients(f))((x, w), dy)
+    compiled = jit_of(implementation)
+    actual = compiled(with_gradients(f))((x, w), dy)
     assert_close(actual, quantised_truth(x, w, dy, dtype == "bf16"), DTYPES[dtype], fp8_tolerance(implementation))
-    assert_same_bits(jit(f)(x, w), actual[0])
+    assert_same_bits(compiled(f)(x, w), actual[0])
 
 
 def test_fp8_costs_a_few_percent():
     x, w = (jnp.asarray(v) for v in np.random.default_rng(0).standard_normal((2, 256, 256)).astype(np.float32))
     dy = random_like(x)
     exact = in_float64(with_gradients(lambda x, w: x @ w), (x, w), dy)
-    for found, wanted in zip(jax.tree.leaves(jit(with_gradients(fp8_matmul))((x, w), dy)), jax.tree.leaves(exact), strict=True):
+    for found, wanted in zip(jax.tree.leaves(jit_for_values(with_gradients(fp8_matmul))((x, w), dy)), jax.tree.leaves(exact), strict=True):
         assert rms(found - wanted) < 0.05 * rms(wanted)
 
 

@@ -29,6 +29,8 @@ from ring_jax.tokenizer import Tokenizer
 from tests.ring_jax.models import GOLDEN, SMALL, TWO_LAYERS, Programs, same_bits, write_hf
 from tests.ring_jax.random_tensors import random_tensors
 
+pytestmark = pytest.mark.usefixtures("all_unoptimised")
+
 ROOT = pathlib.Path(__file__).parent.parent.parent
 CONFIG = dataclasses.replace(SMALL, num_mtp_layers=1, stop_tokens=(7, 9))
 

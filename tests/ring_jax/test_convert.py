@@ -22,6 +22,8 @@ from ring_jax.tokenizer import Tokenizer
 from tests.ring_jax.models import GOLDEN, SMALL, Programs, same_bits, write_hf
 from tests.ring_jax.random_tensors import random_tensors
 
+pytestmark = pytest.mark.usefixtures("all_unoptimised")
+
 CONFIG = dataclasses.replace(SMALL, num_mtp_layers=1)
 
 

@@ -22,6 +22,8 @@ from ring_jax.reference import Twin, sigmoid
 from tests.ring_jax.models import GOLDEN, SMALL, Forward
 from tests.ring_jax.random_tensors import Tensors
 
+pytestmark = pytest.mark.usefixtures("all_unoptimised")
+
 TOLERANCE = 2e-5
 VISIBLE = 1e-3
 """What a mistake moves the logits by, at least."""

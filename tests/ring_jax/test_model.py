@@ -92,6 +92,7 @@ def test_forward_is_prefill_plus_decode(documents, options, chunk):
         assert same_bits(alone[: LENGTHS[1]], whole[1])
 
 
+@pytest.mark.usefixtures("unoptimised")
 @pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
 def test_forward_is_prefill_plus_decode_in_fast_numerics(documents, dtype):
     programs = make(TWO_LAYERS, aligned=False, dtype=dtype)
@@ -104,6 +105,7 @@ def test_forward_is_prefill_plus_decode_in_fast_numerics(documents, dtype):
         assert np.median(np.abs(error).max(-1)) < 0.05
 
 
+@pytest.mark.usefixtures("unoptimised")
 @pytest.mark.parametrize("num_dense_layers", [0, 1])
 def test_fp8_products_of_a_layer_cost_a_few_percent(documents, num_dense_layers):
     """And they do quantise. A rounding may flip a token's experts, so most rows are near, not all."""
@@ -115,6 +117,7 @@ def test_fp8_products_of_a_layer_cost_a_few_percent(documents, num_dense_layers)
     assert 0.01 < error < 0.15, error
 
 
+@pytest.mark.usefixtures("unoptimised")
 def test_state_of_a_resting_slot_is_kept(documents):
     """A step of the other slots changes no bit of a slot that rests."""
     programs = make(SMALL)
@@ -252,6 +255,7 @@ def test_lowered_program_does_not_grow_with_depth(gradient):
     assert abs(many - few) <= 0.05 * few
 
 
+@pytest.mark.usefixtures("unoptimised")
 @pytest.mark.parametrize("gradient", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_compiled_program_does_not_grow_with_depth(gradient):
     instructions = lambda text: len(re.findall(r"^\s+(?:ROOT )?%?[\w.-]+ = ", text, re.MULTILINE))
@@ -289,6 +293,7 @@ def test_long_positions_are_exact():
     np.testing.assert_allclose([cos[-1:], sin[-1:]], exact, atol=1e-7)
 
 
+@pytest.mark.usefixtures("unoptimised")
 def test_yarn_model(tmp_path, tokens):
     config = dataclasses.replace(SMALL, rope_scaling=YARN, max_positions=64, period=2)
     tensors = random_tensors(config)
@@ -297,6 +302,7 @@ def test_yarn_model(tmp_path, tokens):
     assert np.abs(logits - exact).max() < 2e-5 * np.abs(exact).max()
 
 
+@pytest.mark.usefixtures("unoptimised")
 def test_position_past_the_limit(tokens):
     """A position without an angle must not pass as the last one that has: the commands refuse it, the model shows it."""
     model = make(dataclasses.replace(SMALL, num_layers=1, max_positions=100), aligned=False)
@@ -316,6 +322,7 @@ ODD = [
 ]  # fmt: skip
 
 
+@pytest.mark.usefixtures("unoptimised")
 @pytest.mark.parametrize("change", ODD)
 def test_odd_sizes(tmp_path, tokens, change):
     config = dataclasses.replace(SMALL, **change)
@@ -329,6 +336,7 @@ def test_odd_sizes(tmp_path, tokens, change):
 # Multi-token prediction.
 
 
+@pytest.mark.usefixtures("unoptimised")
 def test_multi_token_prediction(tmp_path, tokens):
     """Two further layers: their hidden states, and the loss with its weight, against float64."""
     config = dataclasses.replace(SMALL, num_mtp_layers=2, num_layers=2)

@@ -15,6 +15,8 @@ from tests.ring_jax.models import TWO_LAYERS, same_bits, write_hf
 from tests.ring_jax.random_tensors import random_tensors
 from tests.train.test_loop import base, losses, one_line, succeed, train, train_apart  # noqa: F401
 
+pytestmark = pytest.mark.usefixtures("all_unoptimised")
+
 STILL = ["--optimizer.learning_rate", "0", "--optimizer.balance_rate", "0"]
 
 

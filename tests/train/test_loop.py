@@ -20,6 +20,8 @@ import pytest
 from ring_jax import checkpoint
 from ring_jax.train.__main__ import main
 
+pytestmark = pytest.mark.usefixtures("all_unoptimised")
+
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 FIELDS = {"loss", "nll", "learning_rate", "gradient_norm", "load_imbalance", "tokens_per_second", "scored_tokens", "skipped_steps"}
 
@@ -102,7 +104,7 @@ def contents(folder):
     return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def finished(base, tmp_path_factory):
     """An uninterrupted run of 8 steps, and its stderr."""
     folder = tmp_path_factory.mktemp("runs") / "finished"

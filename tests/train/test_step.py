@@ -19,6 +19,8 @@ from ring_jax.scoring import Batch
 from ring_jax.train import step as steps
 from ring_jax.train.config import OptimizerConfig
 
+pytestmark = pytest.mark.usefixtures("all_unoptimised")
+
 # Both mixers, both FFNs: a linear layer with a dense FFN, a softmax layer with experts.
 MODEL = dataclasses.replace(preset("test"), num_layers=2, period=2)
 FAST = Numerics(aligned=False)
