@@ -281,6 +281,7 @@ def test_prompt_from_stdin(model, together, capsys, monkeypatch):
     assert (status, out) == (0, model.tokenizer.decode(together[GREEDY][0][0]) + "\n")
 
 
+@pytest.mark.usefixtures("unoptimised")
 def test_fast_numerics_and_bf16(model, capsys):
     status, out, err = run(
         capsys, "--checkpoint", model.folder, "--prompt", "a", "--numerics", "fast", "--precision", "bf16", "--max-tokens", 2

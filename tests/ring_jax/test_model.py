@@ -138,6 +138,37 @@ def test_state_of_a_resting_slot_is_kept(documents):
     assert same_bits(again[0, :30], fresh[0, :30])
 
 
+@pytest.mark.usefixtures("unoptimised")
+def test_the_copy_of_the_state_is_the_rounded_state(documents):
+    """What an accelerator's bf16 decode step reads: it follows the state through pieces, folds and resets."""
+    programs = make(dataclasses.replace(TWO_LAYERS, chunk_size=64), dtype="bfloat16")
+    is_linear = lambda layer: isinstance(layer, caches.LinearCache)
+    linear = lambda cache: [layer for layer in jax.tree.leaves(cache.layers, is_leaf=is_linear) if is_linear(layer)]
+    plain = programs.model.init_cache(3, CACHE)
+    assert [layer.copy for layer in linear(plain)] == [None]  # a CPU's products take fp32
+    add = lambda layer: layer._replace(copy=layer.state.astype(jnp.bfloat16)) if is_linear(layer) else layer
+    copied = plain._replace(layers=jax.tree.map(add, plain.layers, is_leaf=is_linear))
+
+    def advance(tokens, positions):
+        nonlocal plain, copied
+        (_, plain), (found, copied) = programs.cached(tokens, positions, plain), programs.cached(tokens, positions, copied)
+        assert np.isfinite(found.astype(np.float32)).all()
+        for layer, other in zip(linear(copied), linear(plain), strict=True):
+            assert same_bits(layer.state, other.state)  # of the first layer: no output of a state comes before it
+            assert same_bits(layer.copy, layer.state.astype(jnp.bfloat16))
+
+    def states():
+        return [np.asarray(layer.state) for layer in linear(copied)]
+
+    advance(*pad([d[:62] for d in documents], 64))
+    assert not any(state.any() for state in states())
+    for position in range(62, 65):  # the second of these fills the chunk
+        advance(np.array([[d[position % len(d)]] for d in documents], np.int32), np.full((3, 1), position, np.int32))
+    assert all(state.any((-1, -2)).all() for state in states())
+    copied = caches.reset_slots(copied, jnp.array([False, True, False]))
+    assert all(same_bits(layer.copy, layer.state.astype(jnp.bfloat16)) for layer in linear(copied))
+
+
 def test_stacked_is_unstacked(tmp_path, documents):
     """The layout of the parameters, and so the scan, changes no bit."""
     config = dataclasses.replace(SMALL, num_layers=7, period=2)  # a group with the dense layer, a scan of two groups, a trailing layer
