@@ -18,7 +18,6 @@ from tests.pallas_kernels.programs import (
     in_float64,
     jit,
     jit_for_values,
-    jit_of,
     modes_and_dtypes,
     random_like,
     with_gradients,
