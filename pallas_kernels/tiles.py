@@ -220,9 +220,10 @@ class FlashGpu(NamedTuple):
 FLASH_GPU = MappingProxyType({"h200": FlashGpu(128, 8, 2), "cpu": FlashGpu(32, 4, 1)})
 FLASH_GPU_QUERY = MappingProxyType({"h200": FlashGpu(64, 4, 2, keys=64), "cpu": FlashGpu(32, 4, 1, keys=64)})
 FLASH_GPU_KEY_VALUE = MappingProxyType({"h200": FlashGpu(32, 4, 2, keys=64), "cpu": FlashGpu(32, 4, 1, keys=64)})
-FLASH_GPU_FP32 = MappingProxyType({"h200": FlashGpu(32, 8, 1)})
-FLASH_GPU_FP32_BACKWARD = MappingProxyType({"h200": FlashGpu(32, 8, 1, keys=32)})
-"""Whole products of fp32 leave no room for larger tiles."""
+FLASH_GPU_FP32 = MappingProxyType({"h200": FlashGpu(16, 8, 1)})
+FLASH_GPU_FP32_QUERY = MappingProxyType({"h200": FlashGpu(16, 8, 1, keys=64)})
+FLASH_GPU_FP32_KEY_VALUE = MappingProxyType({"h200": FlashGpu(32, 8, 1, keys=16)})
+"""Whole products of fp32 leave no room for larger tiles: these are the fastest (by estimate) that spill nothing."""
 
 
 class GroupedRows(NamedTuple):

@@ -123,34 +123,41 @@ def compile_cases() -> Iterator[CompileCase]:
                 yield _compile_training("backward", name, case, implementation, targets)
         for name, case in COMPILE_CACHE.items():
             yield _compile_cache(name, case, implementation, targets)
+    for kernel in ("forward", "backward"):
+        case = Case(1, 8192, 16, 4, 128)
+        yield _compile_training(kernel, "mini fp32 (1, 8192, 16)", case, "pallas_gpu", TARGETS["pallas_gpu"], jnp.float32)
 
 
-def _compile_training(kernel: str, name: str, case: Case, implementation: str, targets: tuple[str, ...]) -> CompileCase:
-    """One causal sequence."""
+def _compile_training(
+    kernel: str, name: str, case: Case, implementation: str, targets: tuple[str, ...], dtype: DTypeLike = jnp.bfloat16
+) -> CompileCase:
+    """One causal sequence. fp32 is compiled where it may not fit: a GPU, whose matrix units take each product as three of TF32."""
     from pallas_kernels.flash_attention.api import flash_attention
 
-    bf16 = lambda heads: jax.ShapeDtypeStruct((case.B, case.T, heads, case.K), jnp.bfloat16)
+    heads = lambda number: jax.ShapeDtypeStruct((case.B, case.T, number, case.K), dtype)
+    measured = implementation == "pallas_gpu" and dtype == jnp.bfloat16
     bound, backward = jax.ShapeDtypeStruct((case.B, case.T), jnp.int32), kernel == "backward"
     op = functools.partial(flash_attention, implementation=implementation)
 
     def gradients(q, k, v, start, stop, d_out):
         return jax.vjp(lambda q, k, v: op(q, k, v, start, stop), q, k, v)[1](d_out)
 
-    arguments: tuple[Any, ...] = (bf16(case.H), bf16(case.G), bf16(case.G), bound, bound)
+    arguments: tuple[Any, ...] = (heads(case.H), heads(case.G), heads(case.G), bound, bound)
     products = 2 * case.B * case.H * case.T * (case.T + 1) / 2 * case.K  # FLOPs of one product under the mask
-    moved = 2 * case.B * case.T * case.K * 2 * (case.H + case.G)
-    dq, dkv = tiles.FLASH_GPU_QUERY["h200"], tiles.FLASH_GPU_KEY_VALUE["h200"]
+    moved = 2 * case.B * case.T * case.K * jnp.dtype(dtype).itemsize * (case.H + case.G)
+    narrow, fp32 = (tiles.FLASH_GPU_QUERY, tiles.FLASH_GPU_KEY_VALUE), (tiles.FLASH_GPU_FP32_QUERY, tiles.FLASH_GPU_FP32_KEY_VALUE)
+    dq, dkv = (table["h200"] for table in (narrow if dtype == jnp.bfloat16 else fp32))
     return CompileCase(
         kernel=f"flash_attention.{kernel}",
         shape=name,
         targets=targets,
         program=gradients if backward else op,
-        arguments=(*arguments, bf16(case.H)) if backward else arguments,
+        arguments=(*arguments, heads(case.H)) if backward else arguments,
         bytes=3 * moved if backward else moved,
         flops=(2 + 5 if backward else 2) * products,  # the gradient's program has the forward in it
-        floor_ratio=(1.5 if backward else 1.75) if implementation == "pallas_gpu" else None,
-        instruction=WGMMA if implementation == "pallas_gpu" else None,
-        quick=case.T == 8192 and case.H == 16 and implementation == "pallas_gpu",
+        floor_ratio=(1.5 if backward else 1.75) if measured else None,
+        instruction=WGMMA if measured else None,
+        quick=case.T == 8192 and case.H == 16 and measured,
         turns={
             "flash_forward": case.T // 2 // GRID,
             "flash_dq": case.T // 2 // dq.keys,

@@ -161,12 +161,18 @@ def _check(q, key_pages, value_pages) -> None:
     if max(q.size, key_pages.size, value_pages.size) >= 2**31:
         raise NotImplementedError("an array has 2**31 entries or more, which are counted in 32 bits")
     repeat = q.shape[2] // key_pages.shape[2]
-    if repeat > min(_choice(q, table).rows for table in (tiles.FLASH_GPU, tiles.FLASH_GPU_QUERY, tiles.FLASH_GPU_KEY_VALUE)):
+    if repeat > min(_choice(q, tables).rows for tables in (_FORWARD, _QUERY, _KEY_VALUE)):
         raise NotImplementedError(f"{repeat} query heads of a key head are more than a tile's rows")
 
 
-def _choice(q, table, fp32=tiles.FLASH_GPU_FP32_BACKWARD) -> tiles.FlashGpu:
-    return tiles.of(table if dot_operand(q).dtype == jnp.bfloat16 or interpreted("gpu") else fp32)
+_FORWARD = tiles.FLASH_GPU, tiles.FLASH_GPU_FP32
+_QUERY = tiles.FLASH_GPU_QUERY, tiles.FLASH_GPU_FP32_QUERY
+_KEY_VALUE = tiles.FLASH_GPU_KEY_VALUE, tiles.FLASH_GPU_FP32_KEY_VALUE
+
+
+def _choice(q, tables) -> tiles.FlashGpu:
+    narrow, fp32 = tables
+    return tiles.of(narrow if dot_operand(q).dtype == jnp.bfloat16 or interpreted("gpu") else fp32)
 
 
 class _Specs:
@@ -230,7 +236,7 @@ def _by_key_head(x: jax.Array, groups: int) -> jax.Array:
 def _forward(q, key_pages, value_pages, page_table, start, stop):
     _check(q, key_pages, value_pages)
     (batch, num_tokens, heads, key_size), (groups, value_size) = q.shape, value_pages.shape[2:]
-    choice, q = _choice(q, tiles.FLASH_GPU, tiles.FLASH_GPU_FP32), _by_key_head(q, groups)
+    choice, q = _choice(q, _FORWARD), _by_key_head(q, groups)
     num_tiles, num = pl.cdiv(num_tokens, choice.rows // q.shape[3]), None if page_table is not None else key_pages.shape[0] // batch
     specs, tables = _Specs(q, num_tiles), [] if page_table is None else [page_table]
     out = jax.ShapeDtypeStruct((*q.shape[:4], value_size), q.dtype)
@@ -255,7 +261,7 @@ def _backward(q, key_pages, value_pages, start, stop, d_out, log_total, delta):
     shape, (batch, num_tokens), (groups, value_size) = q.shape, q.shape[:2], value_pages.shape[2:]
     q, d_out, delta = (_by_key_head(x, groups) for x in (q, d_out, delta))
     arrays, num = (start, stop, q, key_pages, value_pages, d_out, log_total, delta), key_pages.shape[0] // batch
-    choice = _choice(q, tiles.FLASH_GPU_QUERY)
+    choice = _choice(q, _QUERY)
     num_tiles = pl.cdiv(num_tokens, choice.rows // q.shape[3])
     specs = _Specs(q, num_tiles)
     tokens = lambda specs: (specs.tokens(value_size), specs.tokens(), specs.tokens())
@@ -272,7 +278,7 @@ def _backward(q, key_pages, value_pages, start, stop, d_out, log_total, delta):
         choice,
         2 * q.size * (2 * shape[3] + value_size),
     )
-    choice = _choice(q, tiles.FLASH_GPU_KEY_VALUE)
+    choice = _choice(q, _KEY_VALUE)
     num_parts = num * KEY_BLOCK // choice.keys
     specs = _Specs(q, num_parts)
     ranges = pallas.query_ranges(start, stop, choice.rows // q.shape[3], num_parts, choice.keys)
