@@ -135,7 +135,7 @@ def _compile_training(
     from pallas_kernels.flash_attention.api import flash_attention
 
     heads = lambda number: jax.ShapeDtypeStruct((case.B, case.T, number, case.K), dtype)
-    measured = implementation == "pallas_gpu" and dtype == jnp.bfloat16
+    bounded = implementation == "pallas_gpu" and dtype == jnp.bfloat16
     bound, backward = jax.ShapeDtypeStruct((case.B, case.T), jnp.int32), kernel == "backward"
     op = functools.partial(flash_attention, implementation=implementation)
 
@@ -155,9 +155,9 @@ def _compile_training(
         arguments=(*arguments, heads(case.H)) if backward else arguments,
         bytes=3 * moved if backward else moved,
         flops=(2 + 5 if backward else 2) * products,  # the gradient's program has the forward in it
-        floor_ratio=(1.5 if backward else 1.75) if measured else None,
-        instruction=WGMMA if measured else None,
-        quick=case.T == 8192 and case.H == 16 and measured,
+        floor_ratio=(1.5 if backward else 1.75) if bounded else None,
+        instruction=WGMMA if bounded else None,
+        quick=case.T == 8192 and case.H == 16 and bounded,
         turns={
             "flash_forward": case.T // 2 // GRID,
             "flash_dq": case.T // 2 // dq.keys,

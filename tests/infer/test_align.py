@@ -49,7 +49,6 @@ def assert_aligned(rows: list[align.Row]) -> None:
 
 
 # fp32 is what the command is run in below.
-@pytest.mark.usefixtures("unoptimised")
 @pytest.mark.parametrize(("precision", "remat"), [("bf16", "mixers"), pytest.param("fp32", "full", marks=pytest.mark.slow)])
 def test_report(two_layers, monkeypatch, precision, remat):
     monkeypatch.setattr(align, "DECODE_BATCHES", (5,))
