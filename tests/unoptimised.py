@@ -1,8 +1,8 @@
 """Compilation in a fraction of the time, for tests that compare values to a tolerance, or a program with itself.
 
 Where the bits of two programs are compared, they are compiled as users compile them: it is the optimised programs that must agree.
-Interpreted kernels are an exception where they agree in either way: what a CPU's compiler makes of them says nothing about their chips. With RING_JAX_TEST_OPTIMISED=1
-everything is compiled as users do (`make test-slow`).
+Interpreted kernels are an exception where they agree in either way: what a CPU's compiler makes of them says nothing about their
+chips. With RING_JAX_TEST_OPTIMISED=1 everything is compiled as users do (`make test-slow`).
 """
 
 import os
