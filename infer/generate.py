@@ -58,11 +58,9 @@ class Decoder:
         self._leaves, self._structure = jax.tree.flatten(state)  # plain arrays: a jitted call need not walk the modules
 
         def piece(leaves, tokens, positions, cache, last):
-            output = self._merge(leaves)(tokens, positions, cache)
-            count = (positions >= 0).sum(1)
-            at = jnp.maximum(jnp.argmax(positions >= 0, axis=1) + count - 1, 0)
-            hidden = jnp.take_along_axis(output.hidden, at[:, None, None], axis=1)[:, 0]
-            return output.cache, jnp.where((count > 0)[:, None], hidden, last)
+            end = jnp.max(jnp.where(positions >= 0, jnp.arange(tokens.shape[1]), -1), axis=1)
+            output = self._merge(leaves)(tokens, positions, cache, only=jnp.maximum(end, 0))
+            return output.cache, jnp.where((end >= 0)[:, None], output.hidden[:, 0], last)
 
         def choose(leaves, hidden, positions, seed, sampling):
             logits, total = head_logits(hidden, self._merge(leaves).head_weight(), **model.numerics.ops)

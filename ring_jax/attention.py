@@ -25,17 +25,17 @@ class SoftmaxAttention(nnx.Module):
 
     def __call__(
         self, x: Float[Array, "B T D"], place: Placement, cache: SoftmaxCache | None
-    ) -> tuple[Float[Array, "B T D"], SoftmaxCache | None]:
-        """Return the mixer's output and the cache after the call's tokens."""
+    ) -> tuple[Float[Array, "B R D"], SoftmaxCache | None]:
+        """Return the mixer's output for the wanted tokens and the cache after the call's tokens."""
         config = self.config
-        batch, num_tokens, _ = x.shape
         q, k, v = self.head_norms.project(x, self.qkv[...], config.num_kv_heads, place.cos, place.sin)
         q, k, v = name(q, "query"), name(k, "key"), name(v, "value")
         if cache is not None:
             cache = _write(cache, k, v, place)
             k, v = cache
-        o = name(flash_attention(q, k, v, place.start, place.stop, **self.numerics.ops), "mixer")
-        return name(self.numerics.matmul(o.reshape(batch, num_tokens, -1), self.out[...]), "mixer_out"), cache
+        q, start, stop = map(place.wanted, (q, place.start, place.stop))
+        o = name(flash_attention(q, k, v, start, stop, **self.numerics.ops), "mixer")
+        return name(self.numerics.matmul(o.reshape(*o.shape[:2], -1), self.out[...]), "mixer_out"), cache
 
 
 def _write(cache: SoftmaxCache, k: Float[Array, "B T G K"], v: Float[Array, "B T G V"], place: Placement) -> SoftmaxCache:

@@ -23,11 +23,11 @@ class Block(nnx.Module):
         self.mixer = (SoftmaxAttention if mixer == "softmax" else LinearAttention)(config, numerics, rngs=rngs)
         self.ffn = SwiGLU(config, numerics, config.ffn_size, rngs=rngs) if ffn == "dense" else MoE(config, numerics, rngs=rngs)
 
-    def __call__(self, x: Float[Array, "B T D"], place: Placement, cache: Any) -> tuple[Float[Array, "B T D"], Any, RouterStats | None]:
-        """Return the residual stream after the block, the layer's cache, and what its router did (None if dense)."""
+    def __call__(self, x: Float[Array, "B T D"], place: Placement, cache: Any) -> tuple[Float[Array, "B R D"], Any, RouterStats | None]:
+        """Return the wanted rows of the residual stream after the block, the layer's cache, and what its router did (None if dense)."""
         x, y = self.mixer_norm(x)
         y, cache = self.mixer(name(y, "mixer_norm"), place, cache)
-        x, y = self.ffn_norm(x, y)
+        x, y = self.ffn_norm(place.wanted(x), y)
         x, y = name(x, "residual"), name(y, "ffn_norm")
-        y, stats = self.ffn(y, place.valid) if isinstance(self.ffn, MoE) else (self.ffn(y), None)
+        y, stats = self.ffn(y, place.wanted(place.valid)) if isinstance(self.ffn, MoE) else (self.ffn(y), None)
         return name(x + name(y, "ffn").astype(jnp.float32), "block"), cache, stats

@@ -46,7 +46,8 @@ class Placement(NamedTuple):
 
     valid marks tokens (others are padding); start and stop bound the keys a token sees: in the call itself, or in the cache if there is
     one. reset marks chunks that begin a packed document. With a cache a row's tokens are consecutive: `count` of them from column
-    `first` on, continuing at position `length`.
+    `first` on, continuing at position `length`. only: the column of each row whose hidden state is wanted, where the others leave their
+    keys and values and nothing else.
     """
 
     positions: Int[Array, "B T"]
@@ -60,6 +61,13 @@ class Placement(NamedTuple):
     first: Int[Array, " B"]
     count: Int[Array, " B"]
     may_fold: bool = True
+    only: Int[Array, " B"] | None = None
+
+    def wanted(self, x: jax.Array) -> jax.Array:
+        """Return the columns of x [B, T, ...] whose hidden states are wanted: all, or one of each row, [B, 1, ...]."""
+        if self.only is None:
+            return x
+        return jnp.take_along_axis(x, self.only.reshape(-1, *(1,) * (x.ndim - 1)), axis=1)
 
 
 def place(

@@ -27,6 +27,11 @@ class Run(NamedTuple):
     layers: tuple[tuple[int, ...], ...]
 
 
+def num_layers(runs: tuple[Run, ...]) -> int:
+    """Return the number of a segment's layers."""
+    return sum(len(layers) for run in runs for layers in run.layers)
+
+
 def layer_pattern(config: ModelConfig, stacked: bool = True) -> tuple[tuple[Run, ...], ...]:
     """Return the model as segments of runs: the groups with dense layers in front, the group that repeats, the trailing layers.
 
@@ -78,7 +83,7 @@ def _loop(body: Any, x: Any, per_layer: Any, length: int, unroll: int) -> tuple[
 class RingOutput(NamedTuple):
     """hidden: after the final norm, in the compute dtype. router: the statistics of each run of MoE layers, in the layer pattern."""
 
-    hidden: Float[Array, "B T D"]
+    hidden: Float[Array, "B R D"]
     cache: Cache | None
     router: Any
 
@@ -116,12 +121,15 @@ class Ring(nnx.Module):
         cache: Cache | None = None,
         segment_ids: Int[Array, "B T"] | None = None,
         *,
+        only: Int[Array, " B"] | None = None,
         may_fold: bool = True,
     ) -> RingOutput:
         """Return the hidden states, the cache after the tokens, and the routers' statistics.
 
         Without a cache: whole rows, packed with documents that start at multiples of GRID and whose positions restart at 0. With one:
         T = 1 is a decode step, T > 1 a piece of a prompt that continues each slot; padding has negative positions and changes nothing.
+        With `only` the hidden states are those of one column of each row, [B, 1, D]: what the last layer does for others alone is left out
+        (where it is not part of a loop over layers).
         A caller who knows that no slot's decode step ends a chunk may say so (may_fold=False) and spare the program the fold.
         """
         place = caches.place(positions, segment_ids, cache, *self.rotary(positions), self.config.chunk_size)
@@ -129,9 +137,13 @@ class Ring(nnx.Module):
         x = name(self.embed(tokens), "embedding")
         layers, router = [], []
         for i, (segment, runs) in enumerate(zip(self.segments, self.pattern, strict=True)):
+            if i == len(self.pattern) - 1 and num_layers(runs) == 1:
+                place = place._replace(only=only)
             x, (layer_caches, stats) = self._segment(segment, runs, x, place, cache and cache.layers[i])
             layers.append(layer_caches)
             router.append(stats)
+        if place.only is None:
+            x = place._replace(only=only).wanted(x)
         hidden = name(self.norm(x)[1], "final_norm")
         after = None if cache is None else Cache(tuple(layers), cache.length + place.count)
         return RingOutput(hidden, after, tuple(router))

@@ -95,11 +95,10 @@ class MoE(nnx.Module):
 
     def _outputs(self, rows: Float[Array, "N D"], experts: Int[Array, "N A"]) -> tuple[Float[Array, "rows D"], Groups]:
         """The outputs of the rows by this device's experts, and where they lie."""
-        gate_up, down, product = self.gate_up[...], self.down[...], self.numerics.grouped_matmul
+        gate_up, down = self.gate_up[...], self.down[...]
         row_tile = row_tile_for(experts.size, gate_up.shape[0], aligned=self.numerics.aligned)
         groups = group_rows(experts.reshape(-1), gate_up.shape[0], row_tile)
-        hidden = swiglu(product(rows, gate_up, groups, row_tile, num_slots=experts.shape[1]), **self.numerics.ops)
-        return product(hidden, down, groups, row_tile), groups
+        return self.numerics.grouped_mlp(rows, gate_up, down, groups, experts.shape[1], swiglu, row_tile), groups
 
 
 def balance(bias: Float[Array, "*layers E"], load: Float[Array, "*layers E"], rate: float) -> Float[Array, "*layers E"]:

@@ -1,6 +1,7 @@
 """How a forward is computed: aligned or fast, in which dtype, with which rematerialisation; and the one jit that keeps its promise."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,7 +11,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from pallas_kernels.compat import compiler_options, dot_operand
-from pallas_kernels.grouped_matmul import Groups, gather_grouped_matmul, gather_groups, grouped_matmul
+from pallas_kernels.grouped_matmul import Groups, gather_groups, grouped_mlp
 from pallas_kernels.grouped_scaled_matmul import fp8_grouped_matmul
 from pallas_kernels.matmul import itself, matmul
 from pallas_kernels.scaled_matmul import fp8_matmul
@@ -64,13 +65,14 @@ class Numerics:
             return epilogue(fp8_matmul(x, w, **self.ops), *rows, *weights, **self.ops)
         return matmul(x, w, epilogue, rows, weights, **self.ops)
 
-    def grouped_matmul(self, x: jax.Array, w: jax.Array, groups: Groups, row_tile: int, num_slots: int = 0) -> jax.Array:
-        """Return the products of groups of rows with their weights w [E, D, F]; with num_slots x are tokens, else rows in their groups."""
-        how = {"row_tile": row_tile, "implementation": self.kernels}
-        if self.fp8:
-            rows = gather_groups(x, groups, num_slots) if num_slots else x
-            return fp8_grouped_matmul(rows, w, groups.tiles, **how)
-        return gather_grouped_matmul(x, w, groups, num_slots, **how) if num_slots else grouped_matmul(x, w, groups.tiles, **how)
+    def grouped_mlp(
+        self, x: jax.Array, w_in: jax.Array, w_out: jax.Array, groups: Groups, num_slots: int, between: Callable, row_tile: int
+    ) -> jax.Array:
+        """Return `grouped_mlp` of tokens x [N, D], in the precision of products."""
+        if not self.fp8:
+            return grouped_mlp(x, w_in, w_out, groups, num_slots, between, row_tile=row_tile, **self.ops)
+        product = functools.partial(fp8_grouped_matmul, tiles=groups.tiles, row_tile=row_tile, implementation=self.kernels)
+        return product(between(product(gather_groups(x, groups, num_slots), w_in), **self.ops), w_out)
 
 
 def name(x: jax.Array, label: str) -> jax.Array:

@@ -3,10 +3,13 @@
 groups = group_rows(expert_ids.reshape(-1), num_experts, row_tile)                  # where each (token, slot) goes
 rows = gather_grouped_matmul(x, w, groups, num_slots, row_tile=row_tile)            # tokens -> products of rows sorted by expert
 rows = grouped_matmul(rows, w, groups.tiles, row_tile=row_tile)
+rows = grouped_mlp(x, w_in, w_out, groups, num_slots, swiglu, row_tile=row_tile)    # both, and what stands between them
 y = combine_groups(rows, groups, weights)                                           # back to the tokens
 """
 
+import functools
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -24,6 +27,7 @@ __all__ = [
     "gather_groups",
     "group_rows",
     "grouped_matmul",
+    "grouped_mlp",
     "row_tile_for",
     "scatter_groups",
     "take_rows",
@@ -109,6 +113,43 @@ def gather_grouped_matmul(
     """Return `grouped_matmul(gather_groups(x, groups, num_slots), w, groups.tiles)`; on a GPU without writing the gathered rows."""
     moves = _moves(x.shape[0], groups, num_slots)
     return dispatch.call("grouped_matmul", IMPLEMENTATIONS, implementation, x, w, groups.tiles, moves, row_tile=row_tile)
+
+
+def _chained(x, w_in, w_out, groups, num_slots, between, *, row_tile, aligned, implementation):
+    """A kernel for each product, and one between them."""
+    how = {"row_tile": row_tile, "implementation": implementation}
+    y = gather_grouped_matmul(x, w_in, groups, num_slots, **how)
+    return grouped_matmul(between(y, aligned=aligned, implementation=implementation), w_out, groups.tiles, **how)
+
+
+def _in_one_loop(x, w_in, w_out, groups, num_slots, between, **how):
+    return xla.grouped_mlp(x, w_in, w_out, groups, _moves(x.shape[0], groups, num_slots), between, **how)
+
+
+MLP_IMPLEMENTATIONS = {"xla": _in_one_loop} | {
+    name: functools.partial(_chained, implementation=name) for name in IMPLEMENTATIONS if name != "xla"
+}
+
+
+def grouped_mlp(
+    x: Float[Array, "N D"],
+    w_in: Float[Array, "E D F_in"],
+    w_out: Float[Array, "E F D_out"],
+    groups: Groups,
+    num_slots: int,
+    between: Callable,
+    *,
+    row_tile: int,
+    aligned: bool = False,
+    implementation: str = "auto",
+) -> Float[Array, "rows D_out"]:
+    """Return the second product of each row's group, between(x w_in) w_out: its expert; x and rows as in `gather_grouped_matmul`.
+
+    `between` is an op that treats each row by itself, [R, F_in] -> [R, F], as `swiglu` does, and takes `aligned` and `implementation`;
+    in plain JAX it is a part of the tile. With `aligned` a row's bits do not depend on the others. Differentiable in x and both weights.
+    """
+    how = {"row_tile": row_tile, "aligned": aligned}
+    return dispatch.call("grouped_mlp", MLP_IMPLEMENTATIONS, implementation, x, w_in, w_out, groups, num_slots, between, **how)
 
 
 def combine_groups(

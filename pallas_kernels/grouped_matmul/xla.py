@@ -1,40 +1,53 @@
-"""The grouped product in plain JAX: over the groups that have rows, then over the group's tiles, so a matrix is fetched once."""
+"""The grouped products in plain JAX: over the groups that have rows, then over the group's tiles, so a matrix is fetched once."""
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.compat import dot_operand
+from pallas_kernels.compat import dot_operand, pin
 from pallas_kernels.grouped_matmul import tile
 
 
-def for_each_group(tiles: jax.Array, body, init):
+def for_each_group(tiles: jax.Array, body: Callable, init):
     """Return the fold of body(group, first_tile, end_tile, carry) over the groups that have tiles."""
     end = jnp.cumsum(tiles)
     order = jnp.argsort(tiles == 0, stable=True)
     return lax.fori_loop(0, (tiles > 0).sum(), lambda i, carry: body(order[i], end[order[i]] - tiles[order[i]], end[order[i]], carry), init)
 
 
+def _for_each_tile(tiles: jax.Array, matrices: tuple[jax.Array, ...], body: Callable, init):
+    """Return the fold of body(tile, its group's matrices, carry) over all groups' tiles."""
+
+    def group(index, first, end, carry):
+        own = [lax.dynamic_index_in_dim(w, index, keepdims=False) for w in matrices]
+        return lax.fori_loop(first, end, lambda t, carry: body(t, own, carry), carry)
+
+    return for_each_group(tiles, group, init)
+
+
 def _rows(x: jax.Array, index: jax.Array, row_tile: int) -> jax.Array:
     return lax.dynamic_slice_in_dim(x, index * row_tile, row_tile)
+
+
+def _empty(num_rows: int, columns: int, dtype) -> jax.Array:
+    """What tiles are written to: of an operand's dtype, for XLA:CPU converts a whole bf16 array to update a slice of it."""
+    return dot_operand(jnp.zeros((num_rows, columns), dtype))
+
+
+def _put(out: jax.Array, y: jax.Array, index: jax.Array) -> jax.Array:
+    return lax.dynamic_update_slice_in_dim(out, dot_operand(y), index * y.shape[0], 0)
 
 
 def _products(x, w, tiles, row_tile, contract):
     """Each tile of x times its group's matrix (contracting its axis `contract`), as the dtype of x."""
 
-    def group(index, first, end, out):
-        matrix = lax.dynamic_index_in_dim(w, index, keepdims=False)
+    def one(t, matrices, out):
+        return _put(out, tile.product(_rows(x, t, row_tile), matrices[0], contract).astype(x.dtype), t)
 
-        def one(t, out):
-            y = tile.product(_rows(x, t, row_tile), matrix, contract)
-            return lax.dynamic_update_slice_in_dim(out, dot_operand(y.astype(x.dtype)), t * row_tile, 0)
-
-        return lax.fori_loop(first, end, one, out)
-
-    # What is written is of an operand's dtype: XLA:CPU converts a whole bf16 array to update a slice of it.
-    return for_each_group(tiles, group, dot_operand(jnp.zeros((x.shape[0], w.shape[2 - contract]), x.dtype))).astype(x.dtype)
+    return _for_each_tile(tiles, (w,), one, _empty(x.shape[0], w.shape[2 - contract], x.dtype)).astype(x.dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -67,6 +80,66 @@ def grouped_matmul(x, w, tiles, moves, *, row_tile):
     """See `api.grouped_matmul`; with `moves` (token [rows], destination [N, A]) the rows are those of x [N, D] that `token` names."""
     x = x if moves is None else take_rows(x, *moves)
     return _grouped(x, w, tiles, row_tile)
+
+
+def grouped_mlp(x, w_in, w_out, groups, moves, between, *, row_tile, aligned):
+    """See `api.grouped_mlp`: both products of a tile and what stands between them in one turn; `moves` as in `grouped_matmul`."""
+    between = functools.partial(between, aligned=False, implementation="xla")
+    dtype = x.dtype
+
+    def tile_of(x, token, t):
+        return jnp.take(x, _rows(token, t, row_tile), axis=0, mode="fill", fill_value=0)
+
+    def products(x, w_in, w_out, tiles, token, keep):
+        """The tiles' results and, to keep for the gradient, their first products."""
+        x = dot_operand(x)
+
+        def one(t, matrices, carry):
+            rows, (first, second) = pin((tile_of(x, token, t), matrices), aligned)
+            y = pin(tile.product(rows, first).astype(dtype), aligned)
+            hidden = pin(between(y), aligned)
+            out = pin(tile.product(hidden, second).astype(dtype), aligned)
+            return tuple(_put(into, part, t) for into, part in zip(carry, (out, y), strict=False))
+
+        widths = (w_out.shape[2], w_in.shape[2])[: 1 + keep]
+        found = _for_each_tile(tiles, (w_in, w_out), one, tuple(_empty(token.shape[0], width, dtype) for width in widths))
+        return [part.astype(dtype) for part in found]
+
+    @jax.custom_vjp
+    def run(x, w_in, w_out, tiles, token, destination):
+        return products(x, w_in, w_out, tiles, token, keep=False)[0]
+
+    def forward(x, w_in, w_out, tiles, token, destination):
+        out, y = products(x, w_in, w_out, tiles, token, keep=True)
+        return out, (x, y, w_in, w_out, tiles, token, destination)
+
+    def backward(residuals, d_out):
+        x, y, w_in, w_out, tiles, token, destination = residuals
+        d_out = d_out.astype(dtype)
+
+        def group(index, first, end, carry):
+            own_in, own_out = (lax.dynamic_index_in_dim(w, index, keepdims=False) for w in (w_in, w_out))
+
+            def one(t, carry):
+                dx, dw_in, dw_out = carry
+                d_tile = _rows(d_out, t, row_tile)
+                hidden, pull_back = jax.vjp(between, _rows(y, t, row_tile))
+                (dy,) = pull_back(tile.product(d_tile, own_out, 1).astype(dtype))
+                dx = _put(dx, tile.product(dy, own_in, 1).astype(dtype), t)
+                return dx, tile.weight_gradient(tile_of(x, token, t), dy, dw_in), tile.weight_gradient(hidden, d_tile, dw_out)
+
+            dx, *gradients = carry
+            zeros = (jnp.zeros(w.shape[1:], jnp.float32) for w in (w_in, w_out))
+            dx, *totals = lax.fori_loop(first, end, one, (dx, *zeros))
+            put = lambda dw, total: lax.dynamic_update_index_in_dim(dw, total.astype(dw.dtype), index, 0)
+            return dx, *map(put, gradients, totals)
+
+        init = _empty(token.shape[0], x.shape[1], dtype), jnp.zeros_like(w_in), jnp.zeros_like(w_out)
+        dx, dw_in, dw_out = for_each_group(tiles, group, init)
+        return sum_rows(dx.astype(dtype), destination), dw_in, dw_out, None, None, None
+
+    run.defvjp(forward, backward)
+    return run(x, w_in, w_out, groups.tiles, *moves)
 
 
 @jax.custom_vjp

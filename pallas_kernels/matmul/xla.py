@@ -13,23 +13,25 @@ from pallas_kernels.matmul import tile
 
 
 def map_row_tiles(f: Callable, *rows: jax.Array, row_tile: int = tile.ROW_TILE) -> Any:
-    """Return f of each tile of `row_tile` rows: f maps arrays [R, ...] to a tree of arrays [R, ...]; inputs are [N, ...], zero-padded.
+    """Return f of each tile of R = `row_tile` rows: f maps arrays [R, ...] to a tree of arrays [R, ...]; inputs are [N, ...].
 
-    The number of turns is hidden from the compiler: it would inline a single turn and fuse it with what stands around it, and the tile's
+    Fewer than R rows are padded with zeros. Else the last tile is moved to fit: rows that it shares with the one before get the same bits
+    again. The number of turns is hidden from the compiler: it would inline a single turn and fuse it with what stands around it, and the tile's
     bits would depend on the number of tiles. Not differentiable: ops define their own gradients.
     """
     num_rows = rows[0].shape[0]
     num_tiles = -(-num_rows // row_tile)
-    padding = num_tiles * row_tile - num_rows
+    padding = max(row_tile - num_rows, 0)
     rows = tuple(jnp.pad(x, ((0, padding),) + ((0, 0),) * (x.ndim - 1)) for x in rows)
 
     def turn(index, out):
-        y = pin(f(*pin([lax.dynamic_slice_in_dim(x, index * row_tile, row_tile) for x in rows])))
-        return jax.tree.map(lambda o, y: lax.dynamic_update_slice_in_dim(o, dot_operand(y), index * row_tile, 0), out, y)
+        first = jnp.minimum(index * row_tile, num_rows + padding - row_tile)
+        y = pin(f(*pin([lax.dynamic_slice_in_dim(x, first, row_tile) for x in rows])))
+        return jax.tree.map(lambda o, y: lax.dynamic_update_slice_in_dim(o, dot_operand(y), first, 0), out, y)
 
     one_tile = jax.eval_shape(f, *(jax.ShapeDtypeStruct((row_tile, *x.shape[1:]), x.dtype) for x in rows))
     # XLA:CPU updates a slice of a bf16 array by converting the whole array there and back: what is written is of an operand's dtype.
-    out = jax.tree.map(lambda y: dot_operand(jnp.zeros((num_tiles * row_tile, *y.shape[1:]), y.dtype)), one_tile)
+    out = jax.tree.map(lambda y: dot_operand(jnp.zeros((num_rows + padding, *y.shape[1:]), y.dtype)), one_tile)
     out = lax.fori_loop(0, lax.optimization_barrier(jnp.int32(num_tiles)), turn, out)
     return jax.tree.map(lambda y, like: y[:num_rows].astype(like.dtype), out, one_tile)
 
