@@ -33,6 +33,7 @@ __all__ = [
     "pin",
     "platform",
     "scan_counts",
+    "unwritten",
 ]
 
 _target: contextvars.ContextVar[str | None] = contextvars.ContextVar("target", default=None)
@@ -141,6 +142,15 @@ def dot_general(a: jax.Array, b: jax.Array, contract: tuple, batch: tuple = ((),
 def dot_precision(dtype: DTypeLike) -> lax.Precision | None:
     """Return the precision of a product of operands of this dtype: unasked, a TPU rounds fp32 ones to bf16, a GPU to TF32."""
     return lax.Precision.HIGHEST if dtype == jnp.float32 and platform() != "cpu" else None
+
+
+def unwritten(shape: tuple[int, ...], dtype: DTypeLike, like: jax.Array) -> jax.Array:
+    """Return an array for a loop to write, of an operand's dtype (see `dot_operand`); until then it holds an entry of `like`.
+
+    Zeros would be one array for all loops of a program, and XLA:CPU copies it for each. It also converts a whole bf16 array there and
+    back to update a slice of it, hence the dtype.
+    """
+    return jnp.full(shape, dot_operand(like[(0,) * like.ndim].astype(dtype)))
 
 
 def pin(tree: Any, aligned: bool = True) -> Any:

@@ -69,7 +69,7 @@ def group_rows(group: Int[Array, " M"], num_groups: int, row_tile: int) -> Group
     num = group.shape[0]
     num_rows = min(num, num // row_tile + num_groups) * row_tile
     group = jnp.minimum(group, num_groups)
-    order = jnp.argsort(group, stable=True)
+    order = _stable_order(group, num_groups)
     counts = jnp.bincount(group, length=num_groups + 1)
     tiles = -(-counts[:num_groups] // row_tile)
     first_row = jnp.concatenate([(jnp.cumsum(tiles) - tiles) * row_tile, jnp.array([num_rows])])
@@ -78,6 +78,15 @@ def group_rows(group: Int[Array, " M"], num_groups: int, row_tile: int) -> Group
     source = jnp.full(num_rows, num, jnp.int32).at[row].set(order.astype(jnp.int32), mode="drop")
     destination = jnp.zeros(num, jnp.int32).at[order].set(row.astype(jnp.int32))
     return Groups(source, destination, tiles.astype(jnp.int32))
+
+
+def _stable_order(group: Int[Array, " M"], most: int) -> Int[Array, " M"]:
+    """`jnp.argsort(group, stable=True)` of groups up to `most`: numbers that carry their place sort several times as fast as pairs."""
+    num = group.shape[0]
+    if (most + 1) * num > 1 << 32:
+        return jnp.argsort(group, stable=True)
+    placed = group.astype(jnp.uint32) * num + jnp.arange(num, dtype=jnp.uint32)
+    return (jnp.sort(placed, stable=False) % num).astype(jnp.int32)
 
 
 def gather_groups(x: Float[Array, "N D"], groups: Groups, num_slots: int) -> Float[Array, "rows D"]:
@@ -146,7 +155,8 @@ def grouped_mlp(
     """Return the second product of each row's group, between(x w_in) w_out: its expert; x and rows as in `gather_grouped_matmul`.
 
     `between` is an op that treats each row by itself, [R, F_in] -> [R, F], as `swiglu` does, and takes `aligned` and `implementation`;
-    in plain JAX it is a part of the tile. With `aligned` a row's bits do not depend on the others. Differentiable in x and both weights.
+    in plain JAX it is a part of the tile. Rows past the last tile hold anything. With `aligned` a row's bits do not depend on the others.
+    Differentiable in x and both weights.
     """
     how = {"row_tile": row_tile, "aligned": aligned}
     return dispatch.call("grouped_mlp", MLP_IMPLEMENTATIONS, implementation, x, w_in, w_out, groups, num_slots, between, **how)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.compat import dot_operand, pin
+from pallas_kernels.compat import dot_operand, pin, unwritten
 from pallas_kernels.grouped_matmul import tile
 
 
@@ -32,11 +32,6 @@ def _rows(x: jax.Array, index: jax.Array, row_tile: int) -> jax.Array:
     return lax.dynamic_slice_in_dim(x, index * row_tile, row_tile)
 
 
-def _empty(num_rows: int, columns: int, dtype) -> jax.Array:
-    """What tiles are written to: of an operand's dtype, for XLA:CPU converts a whole bf16 array to update a slice of it."""
-    return dot_operand(jnp.zeros((num_rows, columns), dtype))
-
-
 def _put(out: jax.Array, y: jax.Array, index: jax.Array) -> jax.Array:
     return lax.dynamic_update_slice_in_dim(out, dot_operand(y), index * y.shape[0], 0)
 
@@ -47,7 +42,8 @@ def _products(x, w, tiles, row_tile, contract):
     def one(t, matrices, out):
         return _put(out, tile.product(_rows(x, t, row_tile), matrices[0], contract).astype(x.dtype), t)
 
-    return _for_each_tile(tiles, (w,), one, _empty(x.shape[0], w.shape[2 - contract], x.dtype)).astype(x.dtype)
+    # What is written is of an operand's dtype: XLA:CPU converts a whole bf16 array to update a slice of it.
+    return _for_each_tile(tiles, (w,), one, dot_operand(jnp.zeros((x.shape[0], w.shape[2 - contract]), x.dtype))).astype(x.dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -102,7 +98,7 @@ def grouped_mlp(x, w_in, w_out, groups, moves, between, *, row_tile, aligned):
             return tuple(_put(into, part, t) for into, part in zip(carry, (out, y), strict=False))
 
         widths = (w_out.shape[2], w_in.shape[2])[: 1 + keep]
-        found = _for_each_tile(tiles, (w_in, w_out), one, tuple(_empty(token.shape[0], width, dtype) for width in widths))
+        found = _for_each_tile(tiles, (w_in, w_out), one, tuple(unwritten((token.shape[0], width), dtype, x) for width in widths))
         return [part.astype(dtype) for part in found]
 
     @jax.custom_vjp
@@ -134,7 +130,7 @@ def grouped_mlp(x, w_in, w_out, groups, moves, between, *, row_tile, aligned):
             put = lambda dw, total: lax.dynamic_update_index_in_dim(dw, total.astype(dw.dtype), index, 0)
             return dx, *map(put, gradients, totals)
 
-        init = _empty(token.shape[0], x.shape[1], dtype), jnp.zeros_like(w_in), jnp.zeros_like(w_out)
+        init = unwritten((token.shape[0], x.shape[1]), dtype, x), jnp.zeros_like(w_in), jnp.zeros_like(w_out)
         dx, dw_in, dw_out = for_each_group(tiles, group, init)
         return sum_rows(dx.astype(dtype), destination), dw_in, dw_out, None, None, None
 

@@ -11,23 +11,21 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.compat import pin
+from pallas_kernels.compat import dot_operand, pin, unwritten
 from pallas_kernels.lightning_attention import tile
 
 QUERY_TILE = 8
 """Rows of q a tile computes in aligned numerics: a decode step pays for this many rows, so it is smaller than a chunk."""
 
 
-def _chunks(x: jax.Array, chunk_size: int) -> jax.Array:
-    """[B, T, H, K] -> [n, B, H, C, K]."""
-    batch, length, heads, size = x.shape
-    return x.reshape(batch, length // chunk_size, chunk_size, heads, size).transpose(1, 0, 3, 2, 4)
+def _chunk(x: jax.Array, index: jax.Array, chunk_size: int) -> jax.Array:
+    """The chunk of [B, T, H, K] as [B, H, C, K]."""
+    return lax.dynamic_slice_in_dim(x, index * chunk_size, chunk_size, axis=1).swapaxes(1, 2)
 
 
-def _unchunk(x: jax.Array) -> jax.Array:
-    """[n, B, H, C, K] -> [B, T, H, K]."""
-    num_chunks, batch, heads, chunk_size, size = x.shape
-    return x.transpose(1, 0, 3, 2, 4).reshape(batch, num_chunks * chunk_size, heads, size)
+def _put(x: jax.Array, chunk: jax.Array, index: jax.Array) -> jax.Array:
+    """Put a chunk [B, H, C, K] into x [B, T, H, K], of an operand's dtype."""
+    return lax.dynamic_update_slice_in_dim(x, dot_operand(chunk.swapaxes(1, 2)), index * chunk.shape[2], axis=1)
 
 
 def _chunk_rows(q, k, v, state, powers, aligned):
@@ -51,16 +49,16 @@ def _scan_forward(q, k, v, powers, state, reset, last, chunk_size, aligned):
     """Outputs of all chunks, and the state after the first `last[b]` of them."""
 
     def step(carry, chunk):
-        state, index = carry
-        q, k, v, reset = chunk
+        state, out = carry
+        index, reset = chunk
+        queries, keys, values = (_chunk(x, index, chunk_size) for x in (q, k, v))
         state = jnp.where(reset[:, None, None, None], 0.0, state)
-        out = _chunk_rows(q, k, v, state, powers, aligned).astype(q.dtype)
-        state = jnp.where((index < last)[:, None, None, None], _after(state, k, v, powers, aligned), state)
-        return (state, index + 1), out
+        out = _put(out, _chunk_rows(queries, keys, values, state, powers, aligned).astype(q.dtype), index)
+        state = jnp.where((index < last)[:, None, None, None], _after(state, keys, values, powers, aligned), state)
+        return (state, out), None
 
-    chunks = tuple(_chunks(x, chunk_size) for x in (q, k, v))
-    (state, _), out = lax.scan(step, (state, jnp.int32(0)), (*chunks, reset.T))
-    return _unchunk(out), state
+    (state, out), _ = lax.scan(step, (state, unwritten(v.shape, q.dtype, q)), (jnp.arange(reset.shape[1]), reset.T))
+    return out.astype(q.dtype), state
 
 
 def _after(state, k, v, powers, aligned=True):
@@ -88,27 +86,34 @@ def _backward(chunk_size, aligned, residuals, gradients):
     dtype, index = q.dtype, jnp.arange(reset.shape[1])
     keep = jnp.where(reset, 0.0, 1.0).T[:, :, None, None, None]  # [n, B, 1, 1, 1]
     live = (index[:, None] < last)[:, :, None, None, None]
-    qs, ks, vs, dos = (_chunks(x, chunk_size) for x in (q, k, v, d_out.astype(dtype)))
+    chunks = lambda index: (_chunk(x, index, chunk_size) for x in (q, k, v, d_out))
+    d_out = d_out.astype(dtype)
 
-    def backward_in_time(d_state, chunk):
+    def backward_in_time(carry, chunk):
         """d_state: gradient of the state that leaves the chunk."""
-        q, k, v, d_out, keep, live = chunk
+        d_state, dk, dv = carry
+        index, keep, live = chunk
+        queries, keys, values, d_rows = chunks(index)
         d_after = jnp.where(live, d_state, 0.0)
-        dv = tile.value_gradient(q, k, d_out, d_after, transposed, weights.key)
-        dk = tile.key_gradient(q, v, d_out, d_after, transposed, weights.key)
-        d_before = tile.fold(d_state, q, d_out, weights.query, jnp.where(live, weights.whole, 1.0))
-        return keep * d_before, (dk.astype(dtype), dv.astype(dtype))
+        dv = _put(dv, tile.value_gradient(queries, keys, d_rows, d_after, transposed, weights.key).astype(dtype), index)
+        dk = _put(dk, tile.key_gradient(queries, values, d_rows, d_after, transposed, weights.key).astype(dtype), index)
+        d_before = tile.fold(d_state, queries, d_rows, weights.query, jnp.where(live, weights.whole, 1.0))
+        return (keep * d_before, dk, dv), None
 
-    d_state, (dk, dv) = lax.scan(backward_in_time, d_state, (qs, ks, vs, dos, keep, live), reverse=True)
+    gradients = d_state, unwritten(k.shape, dtype, k), unwritten(v.shape, dtype, v)
+    (d_state, dk, dv), _ = lax.scan(backward_in_time, gradients, (index, keep, live), reverse=True)
 
-    def forward_in_time(state, chunk):
-        k, v, d_out, keep = chunk
+    def forward_in_time(carry, chunk):
+        state, dq = carry
+        index, keep = chunk
+        _, keys, values, d_rows = chunks(index)
         state = keep * state
-        dq = tile.query_gradient(k, v, d_out, state, weights.mask, weights.query)
-        return tile.fold(state, k, v, weights.key, weights.whole), dq.astype(dtype)
+        dq = _put(dq, tile.query_gradient(keys, values, d_rows, state, weights.mask, weights.query).astype(dtype), index)
+        return (tile.fold(state, keys, values, weights.key, weights.whole), dq), None
 
-    _, dq = lax.scan(forward_in_time, state, (ks, vs, dos, keep))
-    return _unchunk(dq), _unchunk(dk), _unchunk(dv), jnp.zeros_like(log_decay), d_state, None, None
+    (_, dq), _ = lax.scan(forward_in_time, (state, unwritten(q.shape, dtype, q)), (index, keep))
+    dq, dk, dv = (x.astype(dtype) for x in (dq, dk, dv))
+    return dq, dk, dv, jnp.zeros_like(log_decay), d_state, None, None
 
 
 _lightning.defvjp(_forward, _backward)

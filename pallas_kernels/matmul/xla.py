@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.compat import dot_general, dot_operand, pin
+from pallas_kernels.compat import dot_general, dot_operand, pin, unwritten
 from pallas_kernels.matmul import tile
 
 
@@ -16,8 +16,8 @@ def map_row_tiles(f: Callable, *rows: jax.Array, row_tile: int = tile.ROW_TILE) 
     """Return f of each tile of R = `row_tile` rows: f maps arrays [R, ...] to a tree of arrays [R, ...]; inputs are [N, ...].
 
     Fewer than R rows are padded with zeros. Else the last tile is moved to fit: rows that it shares with the one before get the same bits
-    again. The number of turns is hidden from the compiler: it would inline a single turn and fuse it with what stands around it, and the tile's
-    bits would depend on the number of tiles. Not differentiable: ops define their own gradients.
+    again. The number of turns is hidden from the compiler: it would inline a single turn and fuse it with what stands around it, and the
+    tile's bits would depend on the number of tiles. Not differentiable: ops define their own gradients.
     """
     num_rows = rows[0].shape[0]
     num_tiles = -(-num_rows // row_tile)
@@ -30,8 +30,7 @@ def map_row_tiles(f: Callable, *rows: jax.Array, row_tile: int = tile.ROW_TILE) 
         return jax.tree.map(lambda o, y: lax.dynamic_update_slice_in_dim(o, dot_operand(y), first, 0), out, y)
 
     one_tile = jax.eval_shape(f, *(jax.ShapeDtypeStruct((row_tile, *x.shape[1:]), x.dtype) for x in rows))
-    # XLA:CPU updates a slice of a bf16 array by converting the whole array there and back: what is written is of an operand's dtype.
-    out = jax.tree.map(lambda y: dot_operand(jnp.zeros((num_rows + padding, *y.shape[1:]), y.dtype)), one_tile)
+    out = jax.tree.map(lambda y: unwritten((num_rows + padding, *y.shape[1:]), y.dtype, rows[0]), one_tile)
     out = lax.fori_loop(0, lax.optimization_barrier(jnp.int32(num_tiles)), turn, out)
     return jax.tree.map(lambda y, like: y[:num_rows].astype(like.dtype), out, one_tile)
 

@@ -157,9 +157,12 @@ def test_epilogue_of_leading_axes():
     assert_same_bits(y[0], 2 * matmul(x, w, aligned=True))
 
 
-def test_map_row_tiles_sees_whole_tiles_padded_with_zeros():
-    seen = jit(lambda x: map_row_tiles(lambda t: jnp.broadcast_to(t.sum(), t.shape), x))(jnp.ones(ROW_TILE + 3))
-    np.testing.assert_array_equal(seen, [ROW_TILE] * ROW_TILE + [3] * 3)
+def test_map_row_tiles_sees_whole_tiles():
+    """The last one moved to fit, or padded with zeros if it is the only one."""
+    first = jit(lambda x: map_row_tiles(lambda t: jnp.broadcast_to(t[0], t.shape), x))(jnp.arange(ROW_TILE + 3))
+    np.testing.assert_array_equal(first, [0] * 3 + [3] * ROW_TILE)
+    total = jit(lambda x: map_row_tiles(lambda t: jnp.broadcast_to(t.sum(), t.shape), x))(jnp.ones(3))
+    np.testing.assert_array_equal(total, [3] * 3)
 
 
 def test_unknown_implementation_names_the_known_ones():
