@@ -46,8 +46,8 @@ class Placement(NamedTuple):
 
     valid marks tokens (others are padding); start and stop bound the keys a token sees: in the call itself, or in the cache if there is
     one. reset marks chunks that begin a packed document. With a cache a row's tokens are consecutive: `count` of them from column
-    `first` on, continuing at position `length`. only: the column of each row whose hidden state is wanted, where the others leave their
-    keys and values and nothing else.
+    `first` on, continuing at position `length`. only: the column of each row whose hidden state is wanted of a softmax layer, if the others
+    leave their keys and values and nothing else.
     """
 
     positions: Int[Array, "B T"]

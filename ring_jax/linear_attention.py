@@ -44,13 +44,13 @@ class LinearAttention(nnx.Module):
 
     def __call__(
         self, x: Float[Array, "B T D"], place: Placement, cache: LinearCache | None
-    ) -> tuple[Float[Array, "B R D"], LinearCache | None]:
-        """Return the mixer's output for the wanted tokens and the cache after the call's tokens."""
+    ) -> tuple[Float[Array, "B T D"], LinearCache | None]:
+        """Return the mixer's output and the cache after the call's tokens."""
         config, product = self.config, self.numerics.matmul
+        batch, num_tokens, _ = x.shape
         q, k, v = self.head_norms.project(x, self.qkv[...], config.num_heads, place.cos, place.sin)
         o, cache = self.attend(name(q, "query"), name(k, "key"), name(v, "value"), place, cache)
-        x, o = place.wanted(x), place.wanted(name(o, "mixer"))
-        o = o.reshape(*o.shape[:2], -1)
+        o = name(o, "mixer").reshape(batch, num_tokens, -1)
         o = name(product(x, self.gate[...], self.gated_norm, rows=[o], weights=[self.group_norm[...]]), "gated")
         return name(product(o, self.out[...]), "mixer_out"), cache
 

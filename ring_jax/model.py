@@ -138,7 +138,7 @@ class Ring(nnx.Module):
         layers, router = [], []
         for i, (segment, runs) in enumerate(zip(self.segments, self.pattern, strict=True)):
             if i == len(self.pattern) - 1 and num_layers(runs) == 1:
-                place = place._replace(only=only)
+                place = place._replace(only=only)  # the last layer is a softmax one, whatever the pattern
             x, (layer_caches, stats) = self._segment(segment, runs, x, place, cache and cache.layers[i])
             layers.append(layer_caches)
             router.append(stats)

@@ -124,20 +124,15 @@ def gather_grouped_matmul(
     return dispatch.call("grouped_matmul", IMPLEMENTATIONS, implementation, x, w, groups.tiles, moves, row_tile=row_tile)
 
 
-def _chained(x, w_in, w_out, groups, num_slots, between, *, row_tile, aligned, implementation):
-    """A kernel for each product, and one between them."""
-    how = {"row_tile": row_tile, "implementation": implementation}
-    y = gather_grouped_matmul(x, w_in, groups, num_slots, **how)
-    return grouped_matmul(between(y, aligned=aligned, implementation=implementation), w_out, groups.tiles, **how)
-
-
 def _in_one_loop(x, w_in, w_out, groups, num_slots, between, **how):
     return xla.grouped_mlp(x, w_in, w_out, groups, _moves(x.shape[0], groups, num_slots), between, **how)
 
 
-MLP_IMPLEMENTATIONS = {"xla": _in_one_loop} | {
-    name: functools.partial(_chained, implementation=name) for name in IMPLEMENTATIONS if name != "xla"
-}
+def _chained(x, w_in, w_out, groups, num_slots, between, *, row_tile, aligned, implementation):
+    """A kernel for each product, and one between them; each may take another implementation where it is not named."""
+    how = {"row_tile": row_tile, "implementation": implementation}
+    y = gather_grouped_matmul(x, w_in, groups, num_slots, **how)
+    return grouped_matmul(between(y, aligned=aligned, implementation=implementation), w_out, groups.tiles, **how)
 
 
 def grouped_mlp(
@@ -158,8 +153,10 @@ def grouped_mlp(
     in plain JAX it is a part of the tile. Rows past the last tile hold anything. With `aligned` a row's bits do not depend on the others.
     Differentiable in x and both weights.
     """
+    chained = functools.partial(_chained, implementation=implementation)
+    table = {name: _in_one_loop if name == "xla" else chained for name in IMPLEMENTATIONS}
     how = {"row_tile": row_tile, "aligned": aligned}
-    return dispatch.call("grouped_mlp", MLP_IMPLEMENTATIONS, implementation, x, w_in, w_out, groups, num_slots, between, **how)
+    return dispatch.call("grouped_mlp", table, implementation, x, w_in, w_out, groups, num_slots, between, **how)
 
 
 def combine_groups(

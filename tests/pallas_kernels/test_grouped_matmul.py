@@ -11,12 +11,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pallas_kernels import compat
+from pallas_kernels.fused_layers import reference as layers
+from pallas_kernels.fused_layers import swiglu
 from pallas_kernels.grouped_matmul import (
     combine_groups,
     gather_grouped_matmul,
     gather_groups,
     group_rows,
     grouped_matmul,
+    grouped_mlp,
     reference,
     row_tile_for,
     scatter_groups,
@@ -161,6 +164,78 @@ def test_gathered_rows_and_combined_slots_have_the_bits_of_the_moves(implementat
     slots, y = program(implementation, gradients=False)(x, w, weights, experts)
     first, *others = (np.asarray(weights)[:, a, None] * np.asarray(slots).reshape(90, 3, -1)[:, a] for a in range(3))
     assert_same_bits(y, functools.reduce(np.add, others, first))
+
+
+def experts_of(x, w_in, w_out, experts, *, implementation, aligned=True):
+    """Return each slot's output of its expert [N * A, D]."""
+    row_tile = row_tile_for(experts.size, w_in.shape[0], aligned=aligned)
+    groups = group_rows(experts.reshape(-1), w_in.shape[0], row_tile)
+    how = {"row_tile": row_tile, "aligned": aligned, "implementation": implementation}
+    return scatter_groups(grouped_mlp(x, w_in, w_out, groups, experts.shape[1], swiglu, **how), groups)
+
+
+def directly_of(x, w_in, w_out, experts):
+    """Return the same from the references."""
+    flat = experts.reshape(-1)
+    hidden = layers.swiglu(reference.grouped_matmul(jnp.repeat(x, experts.shape[1], 0), w_in, flat))
+    return reference.grouped_matmul(hidden, w_out, flat)
+
+
+@functools.cache
+def mlp_program(implementation, aligned=True, gradients=True):
+    """Return the compiled function (arguments, experts, cotangent) -> (result, gradients), or of the result alone."""
+    f = functools.partial(experts_of, implementation=implementation, aligned=aligned)
+    if not gradients:
+        return jit_of(implementation)(f)
+    return jit_of(implementation)(lambda arguments, experts, d: with_gradients(lambda *a: f(*a, experts))(arguments, d))
+
+
+def mlp_truth(arguments, experts, cotangent):
+    return with_gradients(lambda *a: directly_of(*a, experts))(arguments, cotangent)
+
+
+def mlp_arguments_of(case, dtype):
+    """Return (x, w_in, w_out), the experts and a cotangent."""
+    x, w_in, experts = inputs(case, dtype)
+    w_out = jnp.asarray(np.random.default_rng(2).standard_normal((case.E, case.F // 2, case.D)) * (case.F / 2) ** -0.5, dtype)
+    (cotangent,) = random_like((jax.ShapeDtypeStruct((case.N * case.A, case.D), dtype),))
+    return (x, w_in, w_out), experts, cotangent
+
+
+MLP_CASES = TEST_CASES | {"lanes": Case(77, 3, 48, 256, 8, "skewed")}
+MLP = [*itertools.product(["xla fast", "xla"], TEST_CASES), *itertools.product(KERNELS, ("lanes",))]
+
+
+@pytest.mark.parametrize(("implementation", "name"), [*MLP, pytest.param("pallas_gpu", "lanes", marks=ON_GPU, id="native-lanes")])
+def test_both_products_of_an_expert(implementation, name):
+    case = MLP_CASES[name]
+    arguments, experts, cotangent = mlp_arguments_of(case, jnp.float32)
+    run = mlp_program(implementation.removesuffix(" fast"), aligned=implementation != "xla fast")
+    out, gradients = run(arguments, experts, cotangent)
+    assert_close((out, gradients), in_float64(mlp_truth, arguments, experts, cotangent), jnp.float32)
+    assert not np.asarray(out)[np.asarray(experts).reshape(-1) >= case.E].any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_both_products_have_the_bits_of_each(dtype):
+    """In one loop or in two with a layer between them; under a gradient; alone or among others."""
+    arguments, experts, cotangent = mlp_arguments_of(Case(90, 3, 48, 40, 8, "skewed"), DTYPES[dtype])
+    x, w_in, w_out = arguments
+
+    def apart(x, w_in, w_out, experts):
+        how = {"row_tile": row_tile_for(experts.size, 8, aligned=True), "implementation": "xla"}
+        groups = group_rows(experts.reshape(-1), 8, how["row_tile"])
+        y = gather_grouped_matmul(x, w_in, groups, experts.shape[1], **how)
+        hidden = swiglu(y, aligned=True, implementation="xla")
+        return scatter_groups(grouped_matmul(hidden, w_out, groups.tiles, **how), groups)
+
+    run = mlp_program("xla", gradients=False)
+    everything = run(*arguments, experts)
+    assert everything.dtype == DTYPES[dtype]
+    assert_same_bits(jit_of("xla")(apart)(*arguments, experts), everything)
+    assert_same_bits(mlp_program("xla")(arguments, experts, cotangent)[0], everything)
+    for num in (1, 17):
+        assert_same_bits(run(x[-num:], w_in, w_out, experts[-num:]), everything[-num * experts.shape[1] :])
 
 
 @pytest.mark.parametrize("implementation", KERNELS)

@@ -169,6 +169,28 @@ def test_the_copy_of_the_state_is_the_rounded_state(documents):
     assert all(same_bits(layer.copy, layer.state.astype(jnp.bfloat16)) for layer in linear(copied))
 
 
+@pytest.mark.parametrize("stacked", [True, False])
+@pytest.mark.parametrize("config", [SMALL, dataclasses.replace(SMALL, num_layers=3, num_dense_layers=3)], ids=["sparse", "dense"])
+def test_hidden_state_of_one_column(documents, config, stacked):
+    """It has the bits that it has among those of all columns, and so has the cache, wherever the padding is."""
+    model = make(config, stacked=stacked).model
+    graph, state = nnx.split(model)
+
+    def piece(state, tokens, positions, cache, only):
+        output = nnx.merge(graph, state)(tokens, positions, cache, only=only)
+        return output.hidden, output.cache
+
+    run = numerics.jit(piece, model.numerics)
+    tokens, positions = pad([d[:n] for d, n in zip(documents, (64, 31, 5), strict=True)], 64)
+    tokens[1], positions[1] = np.roll(tokens[1], 20), np.roll(positions[1], 20)
+    only = np.array([63, 50, 4], np.int32)
+    everything, cache = run(state, tokens, positions, model.init_cache(3, CACHE), None)
+    hidden, after = run(state, tokens, positions, model.init_cache(3, CACHE), only)
+    assert hidden.shape == (3, 1, config.hidden_size)
+    assert same_bits(hidden[:, 0], everything[np.arange(3), only])
+    assert same_bits(jax.tree.leaves(after), jax.tree.leaves(cache))
+
+
 def test_stacked_is_unstacked(tmp_path, documents):
     """The layout of the parameters, and so the scan, changes no bit."""
     config = dataclasses.replace(SMALL, num_layers=7, period=2)  # a group with the dense layer, a scan of two groups, a trailing layer
