@@ -57,9 +57,9 @@ def directly(x, w, weights, experts):
 
 
 @functools.cache
-def program(implementation, aligned=True, gradients=True):
-    """Return the compiled function ((x, w, weights), experts, cotangents) -> (results, gradients), or of results alone."""
-    f = functools.partial(ffn, implementation=implementation, aligned=aligned)
+def program(implementation, aligned=True, gradients=True, op=ffn):
+    """Return the op's compiled function (arguments, experts, cotangents) -> (results, gradients), or of results alone."""
+    f = functools.partial(op, implementation=implementation, aligned=aligned)
     if not gradients:
         return jit_of(implementation)(f)
     return jit_of(implementation)(lambda arguments, experts, cotangents: with_gradients(lambda *a: f(*a, experts))(arguments, cotangents))
@@ -181,15 +181,6 @@ def directly_of(x, w_in, w_out, experts):
     return reference.grouped_matmul(hidden, w_out, flat)
 
 
-@functools.cache
-def mlp_program(implementation, aligned=True, gradients=True):
-    """Return the compiled function (arguments, experts, cotangent) -> (result, gradients), or of the result alone."""
-    f = functools.partial(experts_of, implementation=implementation, aligned=aligned)
-    if not gradients:
-        return jit_of(implementation)(f)
-    return jit_of(implementation)(lambda arguments, experts, d: with_gradients(lambda *a: f(*a, experts))(arguments, d))
-
-
 def mlp_truth(arguments, experts, cotangent):
     return with_gradients(lambda *a: directly_of(*a, experts))(arguments, cotangent)
 
@@ -210,7 +201,7 @@ MLP = [*itertools.product(["xla fast", "xla"], TEST_CASES), *itertools.product(K
 def test_both_products_of_an_expert(implementation, name):
     case = MLP_CASES[name]
     arguments, experts, cotangent = mlp_arguments_of(case, jnp.float32)
-    run = mlp_program(implementation.removesuffix(" fast"), aligned=implementation != "xla fast")
+    run = program(implementation.removesuffix(" fast"), aligned=implementation != "xla fast", op=experts_of)
     out, gradients = run(arguments, experts, cotangent)
     assert_close((out, gradients), in_float64(mlp_truth, arguments, experts, cotangent), jnp.float32)
     assert not np.asarray(out)[np.asarray(experts).reshape(-1) >= case.E].any()
@@ -229,11 +220,11 @@ def test_both_products_have_the_bits_of_each(dtype):
         hidden = swiglu(y, aligned=True, implementation="xla")
         return scatter_groups(grouped_matmul(hidden, w_out, groups.tiles, **how), groups)
 
-    run = mlp_program("xla", gradients=False)
+    run = program("xla", gradients=False, op=experts_of)
     everything = run(*arguments, experts)
     assert everything.dtype == DTYPES[dtype]
     assert_same_bits(jit_of("xla")(apart)(*arguments, experts), everything)
-    assert_same_bits(mlp_program("xla")(arguments, experts, cotangent)[0], everything)
+    assert_same_bits(program("xla", op=experts_of)(arguments, experts, cotangent)[0], everything)
     for num in (1, 17):
         assert_same_bits(run(x[-num:], w_in, w_out, experts[-num:]), everything[-num * experts.shape[1] :])
 
