@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels import tiles as tables
 from pallas_kernels.compat import dot_operand, pin, unwritten
 from pallas_kernels.grouped_matmul import tile
 
@@ -18,32 +19,40 @@ def for_each_group(tiles: jax.Array, body: Callable, init):
     return lax.fori_loop(0, (tiles > 0).sum(), lambda i, carry: body(order[i], end[order[i]] - tiles[order[i]], end[order[i]], carry), init)
 
 
-def _for_each_tile(tiles: jax.Array, matrices: tuple[jax.Array, ...], body: Callable, init):
-    """Return the fold of body(tile, its group's matrices, carry) over all groups' tiles."""
-
-    def group(index, first, end, carry):
-        own = [lax.dynamic_index_in_dim(w, index, keepdims=False) for w in matrices]
-        return lax.fori_loop(first, end, lambda t, carry: body(t, own, carry), carry)
-
-    return for_each_group(tiles, group, init)
-
-
-def _rows(x: jax.Array, index: jax.Array, row_tile: int) -> jax.Array:
-    return lax.dynamic_slice_in_dim(x, index * row_tile, row_tile)
+def _for_each_tile(first: jax.Array, end: jax.Array, row_tile: int, body: Callable, carry, *, together: int = 1):
+    """Return the fold of body(first row, rows, carry) over a group's tiles, `together` of them in a turn while so many are left."""
+    for count in sorted({together, 1}, reverse=True):
+        turns, rows, at = (end - first) // count, count * row_tile, first * row_tile
+        carry = lax.fori_loop(0, turns, lambda i, carry, rows=rows, at=at: body(at + i * rows, rows, carry), carry)
+        first += turns * count
+    return carry
 
 
-def _put(out: jax.Array, y: jax.Array, index: jax.Array) -> jax.Array:
-    return lax.dynamic_update_slice_in_dim(out, dot_operand(y), index * y.shape[0], 0)
+def _own(matrices: tuple[jax.Array, ...], index: jax.Array) -> list[jax.Array]:
+    """A group's matrices."""
+    return [lax.dynamic_index_in_dim(w, index, keepdims=False) for w in matrices]
+
+
+_rows = lax.dynamic_slice_in_dim
+
+
+def _put(out: jax.Array, y: jax.Array, first: jax.Array) -> jax.Array:
+    return lax.dynamic_update_slice_in_dim(out, dot_operand(y), first, 0)
 
 
 def _products(x, w, tiles, row_tile, contract):
     """Each tile of x times its group's matrix (contracting its axis `contract`), as the dtype of x."""
 
-    def one(t, matrices, out):
-        return _put(out, tile.product(_rows(x, t, row_tile), matrices[0], contract).astype(x.dtype), t)
+    def group(index, first, end, out):
+        (matrix,) = _own((w,), index)
+
+        def one(at, rows, out):
+            return _put(out, tile.product(_rows(x, at, rows), matrix, contract).astype(x.dtype), at)
+
+        return _for_each_tile(first, end, row_tile, one, out)
 
     # What is written is of an operand's dtype: XLA:CPU converts a whole bf16 array to update a slice of it.
-    return _for_each_tile(tiles, (w,), one, dot_operand(jnp.zeros((x.shape[0], w.shape[2 - contract]), x.dtype))).astype(x.dtype)
+    return for_each_group(tiles, group, dot_operand(jnp.zeros((x.shape[0], w.shape[2 - contract]), x.dtype))).astype(x.dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -60,10 +69,10 @@ def _backward(row_tile, residuals, dy):
     dy = dy.astype(x.dtype)
 
     def group(index, first, end, dw):
-        def one(t, total):
-            return tile.weight_gradient(_rows(x, t, row_tile), _rows(dy, t, row_tile), total)
+        def one(at, rows, total):
+            return tile.weight_gradient(_rows(x, at, rows), _rows(dy, at, rows), total)
 
-        total = lax.fori_loop(first, end, one, jnp.zeros(w.shape[1:], jnp.float32))
+        total = _for_each_tile(first, end, row_tile, one, jnp.zeros(w.shape[1:], jnp.float32))
         return lax.dynamic_update_index_in_dim(dw, total.astype(w.dtype), index, 0)
 
     return _products(dy, w, tiles, row_tile, 1), for_each_group(tiles, group, jnp.zeros_like(w)), None
@@ -82,23 +91,31 @@ def grouped_mlp(x, w_in, w_out, groups, moves, between, *, row_tile, aligned):
     """See `api.grouped_mlp`: both products of a tile and what stands between them in one turn; `moves` as in `grouped_matmul`."""
     between = functools.partial(between, aligned=False, implementation="xla")
     dtype = x.dtype
+    # Where the load is high a tile is a quarter of it, which keeps padding low, but products of few rows are slow.
+    high_load = not aligned and row_tile > tables.of(tables.GROUPED_ROWS).low_load
+    for_each_tile = functools.partial(_for_each_tile, row_tile=row_tile, together=4 if high_load else 1)
 
-    def tile_of(x, token, t):
-        return jnp.take(x, _rows(token, t, row_tile), axis=0, mode="fill", fill_value=0)
+    def tile_of(x, token, at, rows):
+        return jnp.take(x, _rows(token, at, rows), axis=0, mode="fill", fill_value=0)
 
     def products(x, w_in, w_out, tiles, token, keep):
         """The tiles' results and, to keep for the gradient, their first products."""
         x = dot_operand(x)
 
-        def one(t, matrices, carry):
-            rows, (first, second) = pin((tile_of(x, token, t), matrices), aligned)
-            y = pin(tile.product(rows, first).astype(dtype), aligned)
-            hidden = pin(between(y), aligned)
-            out = pin(tile.product(hidden, second).astype(dtype), aligned)
-            return tuple(_put(into, part, t) for into, part in zip(carry, (out, y), strict=False))
+        def group(index, first, end, carry):
+            matrices = _own((w_in, w_out), index)
+
+            def one(at, rows, carry):
+                tokens, (own_in, own_out) = pin((tile_of(x, token, at, rows), matrices), aligned)
+                y = pin(tile.product(tokens, own_in).astype(dtype), aligned)
+                hidden = pin(between(y), aligned)
+                out = pin(tile.product(hidden, own_out).astype(dtype), aligned)
+                return tuple(_put(into, part, at) for into, part in zip(carry, (out, y), strict=False))
+
+            return for_each_tile(first, end, body=one, carry=carry)
 
         widths = (w_out.shape[2], w_in.shape[2])[: 1 + keep]
-        found = _for_each_tile(tiles, (w_in, w_out), one, tuple(unwritten((token.shape[0], width), dtype, x) for width in widths))
+        found = for_each_group(tiles, group, tuple(unwritten((token.shape[0], width), dtype, x) for width in widths))
         return [part.astype(dtype) for part in found]
 
     @jax.custom_vjp
@@ -114,19 +131,19 @@ def grouped_mlp(x, w_in, w_out, groups, moves, between, *, row_tile, aligned):
         d_out = d_out.astype(dtype)
 
         def group(index, first, end, carry):
-            own_in, own_out = (lax.dynamic_index_in_dim(w, index, keepdims=False) for w in (w_in, w_out))
+            own_in, own_out = _own((w_in, w_out), index)
 
-            def one(t, carry):
+            def one(at, rows, carry):
                 dx, dw_in, dw_out = carry
-                d_tile = _rows(d_out, t, row_tile)
-                hidden, pull_back = jax.vjp(between, _rows(y, t, row_tile))
+                d_tile = _rows(d_out, at, rows)
+                hidden, pull_back = jax.vjp(between, _rows(y, at, rows))
                 (dy,) = pull_back(tile.product(d_tile, own_out, 1).astype(dtype))
-                dx = _put(dx, tile.product(dy, own_in, 1).astype(dtype), t)
-                return dx, tile.weight_gradient(tile_of(x, token, t), dy, dw_in), tile.weight_gradient(hidden, d_tile, dw_out)
+                dx = _put(dx, tile.product(dy, own_in, 1).astype(dtype), at)
+                return dx, tile.weight_gradient(tile_of(x, token, at, rows), dy, dw_in), tile.weight_gradient(hidden, d_tile, dw_out)
 
             dx, *gradients = carry
             zeros = (jnp.zeros(w.shape[1:], jnp.float32) for w in (w_in, w_out))
-            dx, *totals = lax.fori_loop(first, end, one, (dx, *zeros))
+            dx, *totals = for_each_tile(first, end, body=one, carry=(dx, *zeros))
             put = lambda dw, total: lax.dynamic_update_index_in_dim(dw, total.astype(dw.dtype), index, 0)
             return dx, *map(put, gradients, totals)
 

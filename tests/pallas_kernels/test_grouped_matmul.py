@@ -193,8 +193,9 @@ def mlp_arguments_of(case, dtype):
     return (x, w_in, w_out), experts, cotangent
 
 
-MLP_CASES = TEST_CASES | {"lanes": Case(77, 3, 48, 256, 8, "skewed")}
-MLP = [*itertools.product(["xla fast", "xla"], TEST_CASES), *itertools.product(KERNELS, ("lanes",))]
+MLP_CASES = TEST_CASES | {"lanes": Case(77, 3, 48, 256, 8, "skewed"), "high_load": Case(150, 3, 48, 40, 8, "skewed")}
+"""At the high load of the last, fast numerics take four tiles of a group in a turn, and one where fewer are left."""
+MLP = [*itertools.product(["xla fast", "xla"], TEST_CASES), ("xla fast", "high_load"), *itertools.product(KERNELS, ("lanes",))]
 
 
 @pytest.mark.parametrize(("implementation", "name"), [*MLP, pytest.param("pallas_gpu", "lanes", marks=ON_GPU, id="native-lanes")])
