@@ -235,7 +235,7 @@ class GroupedRows(NamedTuple):
     most: int
 
 
-GROUPED_ROWS = MappingProxyType({"accelerator": GroupedRows(16, 16, 16, 16), "cpu": GroupedRows(24, 1, 8, 256)})
+GROUPED_ROWS = MappingProxyType({"accelerator": GroupedRows(16, 16, 16, 16), "cpu": GroupedRows(20, 1, 8, 256)})
 """The kernels cut groups into tiles of their own (below), whatever the padding: here little of it counts. Plain JAX takes these tiles."""
 
 

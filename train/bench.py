@@ -15,7 +15,7 @@ import resource
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -47,11 +47,20 @@ DECODE_STEPS = 8
 """Steps of one timed run; eight runs (the first warms up) end at a chunk's end, whose fold the median leaves out."""
 
 
-def medians(runs: Mapping[Any, Callable[[], Any]], repeats: int) -> dict[Any, float]:
-    """Return the median seconds of each run: rounds of all of them, so that a busy moment of the machine meets all alike."""
+RARELY = 3
+"""Rounds of which a run of many seconds takes part in one."""
+
+
+def medians(runs: Mapping[Any, Callable[[], Any]], repeats: int, rare: Collection[Any] = ()) -> dict[Any, float]:
+    """Return the median seconds of each run: rounds of all of them, so that a busy moment of the machine meets all alike.
+
+    The `rare` take part in the first round, which warms up, and in one of RARELY.
+    """
     times: dict[Any, list[float]] = {key: [] for key in runs}
-    for repeat in range(repeats + 1):  # the first round warms up
+    for repeat in range(repeats + 1):
         for key, run in runs.items():
+            if key in rare and repeat % RARELY:
+                continue
             start = time.perf_counter()
             run()
             if repeat:
@@ -189,8 +198,8 @@ def bench_inference(precisions: Sequence[str], repeats: int) -> list[dict[str, A
         peer = MlxModel(folders[precisions[0]])  # its CPU backend multiplies experts in float32 only
         key = lambda what: (what, precisions[0], "mlx-lm")
         models = {(p, "aligned" if a else "fast"): OurModel(folders[p], p, a) for p in precisions for a in (False, True)}
-    seconds |= medians({key(prefill): peer.prefill(tokens)}, 2)  # by itself: what comes right after its many seconds runs slower
-    seconds |= medians({(prefill, *how): model.prefill(tokens) for how, model in models.items()}, repeats)
+    runs = {(prefill, *how): model.prefill(tokens) for how, model in models.items()} | {key(prefill): peer.prefill(tokens)}
+    seconds |= medians(runs, repeats, rare=[key(prefill)])
     for batch in DECODE_BATCHES:
         what = f"decode batch {batch}"
         runs = {(what, *how): model.decode(batch) for how, model in models.items()}
