@@ -84,13 +84,14 @@ def lowered(layers: int, gradient: bool, aligned: bool):
     return numerics.jit(gradients if gradient else forward, numeric).lower(*state, scoring.Batch(rows, rows, rows))
 
 
-@pytest.mark.parametrize("gradient", [False, True])
+@pytest.mark.parametrize("gradient", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_lowered_program_does_not_grow_with_depth(gradient):
     few, many = (lowered(layers, gradient, aligned=True).as_text().count("\n") for layers in (20, 40))
     assert few > 1000
     assert abs(many - few) <= 0.05 * few
 
 
+@pytest.mark.usefixtures("unoptimised")
 @pytest.mark.parametrize("gradient", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_compiled_program_does_not_grow_with_depth(gradient):
     instructions = lambda text: len(re.findall(r"^\s+(?:ROOT )?%?[\w.-]+ = ", text, re.MULTILINE))
