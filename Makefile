@@ -38,7 +38,7 @@ gates: env env-gates  ## the gates of every change: kernels through the compiler
 	$(BIN)/python -m pallas_kernels.aot --jobs $(JOBS) --target v6e --target h200
 	$(BIN)/python -m pallas_kernels.aot --jobs $(JOBS) --cases ring_jax.train.gates --kernel model.mini.decode --target h200
 	$(BIN)/python -m ring_jax.infer align --checkpoint tests/golden/trailing --tokens 128
-	$(BIN)/python -m ring_jax.infer align --checkpoint tests/golden/periodic --tokens 128 --precision bf16
+	$(BIN)/python -m ring_jax.infer align --checkpoint tests/golden/periodic --tokens 128 --precision bf16 --remat mixers
 
 gates-all: env env-gates  ## the long gates: every kernel and the models for all chips, bf16, FP8 and interpreted kernels compared, too
 	$(BIN)/python -m pallas_kernels.aot --jobs $(JOBS)

@@ -198,7 +198,7 @@ def bench_inference(precisions: Sequence[str], repeats: int) -> list[dict[str, A
         peer = MlxModel(folders[precisions[0]])  # its CPU backend multiplies experts in float32 only
         key = lambda what: (what, precisions[0], "mlx-lm")
         models = {(p, "aligned" if a else "fast"): OurModel(folders[p], p, a) for p in precisions for a in (False, True)}
-    runs = {(prefill, *how): model.prefill(tokens) for how, model in models.items()} | {key(prefill): peer.prefill(tokens)}
+    runs = {key(prefill): peer.prefill(tokens)} | {(prefill, *how): model.prefill(tokens) for how, model in models.items()}
     seconds |= medians(runs, repeats, rare=[key(prefill)])
     for batch in DECODE_BATCHES:
         what = f"decode batch {batch}"

@@ -28,9 +28,9 @@ def _for_each_tile(first: jax.Array, end: jax.Array, row_tile: int, body: Callab
     return carry
 
 
-def _own(matrices: tuple[jax.Array, ...], index: jax.Array) -> list[jax.Array]:
-    """A group's matrices."""
-    return [lax.dynamic_index_in_dim(w, index, keepdims=False) for w in matrices]
+def _own(w: jax.Array, index: jax.Array) -> jax.Array:
+    """A group's matrix."""
+    return lax.dynamic_index_in_dim(w, index, keepdims=False)
 
 
 _rows = lax.dynamic_slice_in_dim
@@ -44,7 +44,7 @@ def _products(x, w, tiles, row_tile, contract):
     """Each tile of x times its group's matrix (contracting its axis `contract`), as the dtype of x."""
 
     def group(index, first, end, out):
-        (matrix,) = _own((w,), index)
+        matrix = _own(w, index)
 
         def one(at, rows, out):
             return _put(out, tile.product(_rows(x, at, rows), matrix, contract).astype(x.dtype), at)
@@ -103,7 +103,7 @@ def grouped_mlp(x, w_in, w_out, groups, moves, between, *, row_tile, aligned):
         x = dot_operand(x)
 
         def group(index, first, end, carry):
-            matrices = _own((w_in, w_out), index)
+            matrices = _own(w_in, index), _own(w_out, index)
 
             def one(at, rows, carry):
                 tokens, (own_in, own_out) = pin((tile_of(x, token, at, rows), matrices), aligned)
@@ -131,7 +131,7 @@ def grouped_mlp(x, w_in, w_out, groups, moves, between, *, row_tile, aligned):
         d_out = d_out.astype(dtype)
 
         def group(index, first, end, carry):
-            own_in, own_out = _own((w_in, w_out), index)
+            own_in, own_out = _own(w_in, index), _own(w_out, index)
 
             def one(at, rows, carry):
                 dx, dw_in, dw_out = carry

@@ -48,8 +48,12 @@ def assert_aligned(rows: list[align.Row]) -> None:
         assert row.tokens > 0
 
 
-@pytest.mark.usefixtures("unoptimised")  # `make gates` has the command's own programs, in fp32 and bf16
-@pytest.mark.parametrize(("precision", "remat"), [("fp32", "mixers"), pytest.param("bf16", "full", marks=pytest.mark.slow)])
+# `make gates` has the command's own programs, in fp32 and in bf16 with remat: here they are compiled fast, or (slow) as users do.
+REPORTS = [("fp32", "mixers"), *(pytest.param(*how, marks=pytest.mark.slow) for how in (("bf16", "mixers"), ("fp32", "full")))]
+
+
+@pytest.mark.usefixtures("unoptimised")
+@pytest.mark.parametrize(("precision", "remat"), REPORTS)
 def test_report(two_layers, monkeypatch, precision, remat):
     monkeypatch.setattr(align, "DECODE_BATCHES", (5,))
     monkeypatch.setattr(align, "PIECES", (100, 28))
@@ -159,10 +163,10 @@ def plants():
 
 
 @pytest.mark.usefixtures("unoptimised")
-def test_every_operator_is_named(two_layers, plants):
+def test_every_operator_is_named(folder, plants):
     """A difference of 2**-10 in any operator of the decode step is seen in the log-probabilities, and that operator is named."""
     documents = [DOCUMENTS[0], DOCUMENTS[1][:6]]
-    both, batch = programs(two_layers), align.Batch(*(x[:, :9] for x in align.pad(documents)))
+    both, batch = programs(folder), align.Batch(*(x[:, :9] for x in align.pad(documents)))
     both.unstacked.plants = Table(jnp.zeros(100))
     plant = lambda index: both.unstacked.plants.set_value(jnp.zeros(100).at[index].set(PLANTED))
     decoded = lambda: align._per_document(align._joined(both.prefill(batch, [1], align._everything)[1]), documents)
@@ -175,14 +179,16 @@ def test_every_operator_is_named(two_layers, plants):
     assert differing() == 0
     assert found() is None
     order = decoded()[0].order
-    kinds = {-1: "before the layers", 0: "layer 0 (linear)", 1: "layer 1 (softmax)", 2: "after the layers"}
+    kinds = {-1: "before the layers", 0: "layer 0 (linear)", 1: "layer 1 (linear)", 2: "layer 2 (softmax)", 3: "after the layers"}
     labels = {layer: [label for number, label in order if number == layer] for layer in kinds}
     ffn = ["router", "experts", "shared", "ffn", "block"]
+    linear = ["mixer_norm", "query", "key", "value", "mixer", "gated", "mixer_out", "residual", "ffn_norm"]
     assert labels == {
         -1: ["embedding"],
-        0: ["mixer_norm", "query", "key", "value", "mixer", "gated", "mixer_out", "residual", "ffn_norm", "ffn", "block"],
-        1: ["mixer_norm", "query", "key", "value", "mixer", "mixer_out", "residual", "ffn_norm", *ffn],
-        2: ["final_norm", "logprobs"],
+        0: [*linear, "ffn", "block"],
+        1: linear + ffn,
+        2: ["mixer_norm", "query", "key", "value", "mixer", "mixer_out", "residual", "ffn_norm", *ffn],
+        3: ["final_norm", "logprobs"],
     }
     for index, (layer, label) in enumerate(order):
         plant(index)

@@ -91,7 +91,6 @@ def test_lowered_program_does_not_grow_with_depth(gradient):
     assert abs(many - few) <= 0.05 * few
 
 
-@pytest.mark.usefixtures("unoptimised")
 @pytest.mark.parametrize("gradient", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_compiled_program_does_not_grow_with_depth(gradient):
     instructions = lambda text: len(re.findall(r"^\s+(?:ROOT )?%?[\w.-]+ = ", text, re.MULTILINE))

@@ -165,9 +165,8 @@ def test_the_copy_of_the_state_is_the_rounded_state(documents):
     assert all(same_bits(layer.copy, layer.state.astype(jnp.bfloat16)) for layer in linear(copied))
 
 
-@pytest.mark.parametrize(
-    ("num_dense_layers", "stacked"), [(1, True), (1, False), (2, False), pytest.param(2, True, marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("stacked", [True, False])
+@pytest.mark.parametrize("num_dense_layers", [1, 2])
 def test_hidden_state_of_one_column(documents, num_dense_layers, stacked):
     """It has the bits that it has among those of all columns, and so has the cache, wherever the padding is.
 
