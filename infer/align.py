@@ -6,6 +6,7 @@ first layer and operator whose bits part is named.
 """
 
 import argparse
+import functools
 import json
 import math
 import pathlib
@@ -213,9 +214,9 @@ class Programs:
         model = self.unstacked
         graph, state = nnx.split(model)
 
-        def program(state, tokens, positions, targets, cache):
+        def program(state, tokens, positions, targets, cache, on_grid):
             merged = nnx.merge(graph, state)
-            output = merged(tokens, positions, cache)
+            output = merged(tokens, positions, cache, on_grid=on_grid)
             rows = output.hidden.reshape(-1, output.hidden.shape[-1])
             logprobs, _ = token_logprobs(rows, merged.head_weight(), targets.reshape(-1), **model.numerics.ops)
             return name(logprobs, "logprobs").reshape(targets.shape), output.cache
@@ -233,20 +234,21 @@ class Programs:
         while first < length:
             width = min(pieces[len(out) % len(pieces)], length - first)
             columns = slice(first, first + width)
-            run = step if width == 1 else program
+            on_grid = first % model.config.chunk_size == 0 and bool((batch.positions[:, first] == first).all())  # as the decoder does
+            how, run = ("step", step) if width == 1 else (f"piece {on_grid=}", functools.partial(program, on_grid=on_grid))
             args = (state, batch.tokens[:, columns], batch.positions[:, columns], targets[:, columns], cache)
             if wanted is None:
-                logprobs, cache = self._jit(("cached", width == 1), lambda run=run: run, model.numerics)(*args)
+                logprobs, cache = self._jit(("cached", how), lambda run=run: run, model.numerics)(*args)
             else:
-                logprobs, cache, found = self._tapped_cached(run, model, args, wanted)
+                logprobs, cache, found = self._tapped_cached(how, run, model, args, wanted)
                 values.append(found)
             out.append(np.asarray(logprobs))
             first += width
         logprobs = np.roll(np.concatenate(out, axis=1), 1, axis=1)
         return np.where(np.roll(batch.positions, 1, axis=1) >= 0, logprobs, 0), values
 
-    def _tapped_cached(self, run: Callable, model: Ring, args: Any, wanted: Any) -> tuple[Any, Any, Values]:
-        key = ("cached tapped", run.__name__, args[1].shape, wanted)
+    def _tapped_cached(self, how: str, run: Callable, model: Ring, args: Any, wanted: Any) -> tuple[Any, Any, Values]:
+        key = ("cached tapped", how, args[1].shape, wanted)
         if key not in self._compiled:
             found: list[Tap] = []
 

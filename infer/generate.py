@@ -57,9 +57,9 @@ class Decoder:
         self._graph, state = nnx.split(model)
         self._leaves, self._structure = jax.tree.flatten(state)  # plain arrays: a jitted call need not walk the modules
 
-        def piece(leaves, tokens, positions, cache, last):
+        def piece(leaves, tokens, positions, cache, last, on_grid):
             end = jnp.max(jnp.where(positions >= 0, jnp.arange(tokens.shape[1]), -1), axis=1)
-            output = self._merge(leaves)(tokens, positions, cache, only=jnp.maximum(end, 0))
+            output = self._merge(leaves)(tokens, positions, cache, only=jnp.maximum(end, 0), on_grid=on_grid)
             return output.cache, jnp.where((end >= 0)[:, None], output.hidden[:, 0], last)
 
         def choose(leaves, hidden, positions, seed, sampling):
@@ -73,7 +73,7 @@ class Decoder:
             tokens, logprobs = choose(leaves, output.hidden[:, 0], after, seed, sampling)
             return tokens, logprobs, after, output.cache
 
-        self._piece = numerics.jit(piece, model.numerics, donate_argnums=3)
+        self._piece = numerics.jit(piece, model.numerics, static_argnums=5, donate_argnums=3)
         self._choose = numerics.jit(choose, model.numerics, static_argnums=4)
         self._step = numerics.jit(step, model.numerics, static_argnums=(5, 6), donate_argnums=3)
 
@@ -108,7 +108,9 @@ class Decoder:
                 part = prompt[first : first + piece]
                 tokens[row, : len(part)] = part
                 positions[row, : len(part)] = np.arange(start + first, start + first + len(part))
-            cache, hidden = self._call(self._piece, tokens, positions, cache, hidden)
+            absorbed = [start + min(first, len(prompt)) for prompt, start in zip(prompts, starts, strict=True)]
+            on_grid = all(number % self.model.config.chunk_size == 0 for number in absorbed)
+            cache, hidden = self._call(self._piece, tokens, positions, cache, hidden, static=(on_grid,))
         return cache, hidden
 
     def first_tokens(self, hidden: Any, positions: Sequence[int] | np.ndarray, sampling: Sampling, seed: int = 0) -> Step:

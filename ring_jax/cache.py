@@ -47,7 +47,7 @@ class Placement(NamedTuple):
     valid marks tokens (others are padding); start and stop bound the keys a token sees: in the call itself, or in the cache if there is
     one. reset marks chunks that begin a packed document. With a cache a row's tokens are consecutive: `count` of them from column
     `first` on, continuing at position `length`. only: the column of each row whose hidden state is wanted of a softmax layer, if the others
-    leave their keys and values and nothing else.
+    leave their keys and values and nothing else. on_grid: each slot has absorbed whole chunks, and its new tokens begin at column 0.
     """
 
     positions: Int[Array, "B T"]
@@ -61,6 +61,7 @@ class Placement(NamedTuple):
     first: Int[Array, " B"]
     count: Int[Array, " B"]
     may_fold: bool = True
+    on_grid: bool = False
     only: Int[Array, " B"] | None = None
 
     def wanted(self, x: jax.Array) -> jax.Array:

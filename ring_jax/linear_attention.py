@@ -78,27 +78,28 @@ class LinearAttention(nnx.Module):
             token, how = (q[:, 0], k[:, 0], v[:, 0]), {"state_copy": cache.copy, "may_fold": place.may_fold, **ops}
             step = lightning_attention_step(*token, cache.state, cache.key, cache.value, decay, row, **how)
             return step.out[:, None], LinearCache(*step[1:])
-        # A piece of a prompt: put the open chunk's rows and the new ones on the chunk grid again.
-        num_rows = -(-(q.shape[1] + chunk - 1) // chunk) * chunk
-        buffered = lambda x: jnp.moveaxis(x, 2, 1)  # [B, H, C, K] -> [B, C, H, K]
-        on_grid = lambda x, buffer: _shift(jnp.concatenate([buffer, x], axis=1), chunk, place.first, offset, place.count, num_rows)
-        grid_k, grid_v = on_grid(k, buffered(cache.key)), on_grid(v, buffered(cache.value))
-        grid_q = on_grid(q, jnp.zeros_like(buffered(cache.key), q.dtype))
+        grid_q, grid_k, grid_v = (q, k, v) if place.on_grid else self._on_grid(q, k, v, place, cache)
         total = offset + place.count
         o, state = lightning_attention(grid_q, grid_k, grid_v, decay, state=cache.state, length=total, chunk_size=chunk, **ops)
-        column = jnp.arange(q.shape[1]) - place.first[:, None] + offset[:, None]
-        o = jnp.take_along_axis(o, jnp.clip(column, 0, num_rows - 1)[..., None, None], axis=1)
+        if not place.on_grid:
+            column = jnp.arange(q.shape[1]) - place.first[:, None] + offset[:, None]
+            o = jnp.take_along_axis(o, jnp.clip(column, 0, o.shape[1] - 1)[..., None, None], axis=1)
         rows = (total // chunk * chunk)[:, None] + jnp.arange(chunk)
-        tail = lambda x: jnp.moveaxis(
-            jnp.where(
-                (rows < total[:, None])[..., None, None],
-                jnp.take_along_axis(x, jnp.minimum(rows, num_rows - 1)[..., None, None], axis=1),
-                0,
-            ),
-            1,
-            2,
-        )
+        rows, open_rows = rows[..., None, None], (rows < total[:, None])[..., None, None]
+        last = lambda x: jnp.where(open_rows, jnp.take_along_axis(x, jnp.minimum(rows, x.shape[1] - 1), axis=1), 0)
+        tail = lambda x: jnp.moveaxis(last(x), 1, 2).astype(cache.key.dtype)
         return o, LinearCache(state, tail(grid_k), tail(grid_v), None if cache.copy is None else state.astype(cache.copy.dtype))
+
+    def _on_grid(self, q: jax.Array, k: jax.Array, v: jax.Array, place: Placement, cache: LinearCache) -> tuple[jax.Array, ...]:
+        """A piece's rows behind those of the open chunk, so that they lie on the grid of chunks again."""
+        chunk = self.config.chunk_size
+        num_rows = -(-(q.shape[1] + chunk - 1) // chunk) * chunk
+        buffered = lambda x: jnp.moveaxis(x, 2, 1)  # [B, H, C, K] -> [B, C, H, K]
+        key, value = buffered(cache.key), buffered(cache.value)
+        behind = lambda buffer, x: _shift(
+            jnp.concatenate([buffer, x], axis=1), chunk, place.first, place.length % chunk, place.count, num_rows
+        )
+        return behind(jnp.zeros_like(key, q.dtype), q), behind(key, k), behind(value, v)
 
 
 def _shift(

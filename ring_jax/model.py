@@ -123,6 +123,7 @@ class Ring(nnx.Module):
         *,
         only: Int[Array, " B"] | None = None,
         may_fold: bool = True,
+        on_grid: bool = False,
     ) -> RingOutput:
         """Return the hidden states, the cache after the tokens, and the routers' statistics.
 
@@ -130,10 +131,11 @@ class Ring(nnx.Module):
         T = 1 is a decode step, T > 1 a piece of a prompt that continues each slot; padding has negative positions and changes nothing.
         With `only` the hidden states are those of one column of each row, [B, 1, D]: what the last layer does for others alone is left out
         (where it is not part of a loop over layers).
-        A caller who knows that no slot's decode step ends a chunk may say so (may_fold=False) and spare the program the fold.
+        A caller who knows that no slot's decode step ends a chunk may say so (may_fold=False) and spare the program the fold; likewise
+        (on_grid=True) that every slot has absorbed whole chunks, maybe none, and its piece begins at column 0: then no row is moved.
         """
         place = caches.place(positions, segment_ids, cache, *self.rotary(positions), self.config.chunk_size)
-        place = place._replace(may_fold=may_fold)
+        place = place._replace(may_fold=may_fold, on_grid=on_grid)
         x = name(self.embed(tokens), "embedding")
         layers, router = [], []
         for i, (segment, runs) in enumerate(zip(self.segments, self.pattern, strict=True)):
