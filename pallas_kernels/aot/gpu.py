@@ -1,7 +1,8 @@
 """Worker of the compile gates for GPUs: XLA's own CUDA compiler for a described H200 dumps each program's PTX and launches; ptxas reports.
 
 The estimate of a kernel is the largest of five bounds, counted over the PTX with its loops' trips:
-- memory: the bytes of its cost estimate (or all its arrays) at the HBM rate; l2: the bytes that its programs load and store at the L2 rate;
+- memory: the bytes of its cost estimate (or all its arrays) at the HBM rate; l2: the bytes that its programs copy
+  asynchronously and store at the L2 rate (other loads may be masked, in a branch not taken, or of what L1 holds: a listing cannot tell);
 - tensor: the matrix instructions' cycles, issue: an instruction a cycle for each of the four schedulers, for the busiest SM;
 - latency: waves of programs, each a chain of its first loads, its instructions, its barriers and its matrix instructions; those hide
   behind other instructions only where a wait leaves some in flight.
@@ -109,7 +110,7 @@ def resources(path: pathlib.Path) -> dict[str, dict[str, int]]:
 
 
 def count(ptx: str, kernel: Any, turns: int | None = None) -> dict[str, Any]:
-    """Return what a warp of a kernel executes: instructions, matrix instructions by name, barriers, waits, and the bytes a thread moves.
+    """Return what a warp of a kernel executes: instructions, matrix instructions by name, barriers, waits, and bytes copied and stored.
 
     sequence: the matrix instructions as they stand in the listing, runs of equal ones: shape, where the first operand is, how many.
     """
@@ -133,7 +134,7 @@ def count(ptx: str, kernel: Any, turns: int | None = None) -> dict[str, Any]:
             total["sequence"][-1][2] += 1
         elif name.startswith("cp.async") and "], [" in line:
             total["bytes"] += weight * int(re.findall(r"\], (?:\[.*?\], )?(0x[0-9a-f]+|\d+)", line)[0], 0)
-        elif access := re.match(r"(?:ld|st)\.global(?:[.:]\w+)*?(?:\.v(\d))?\.[bsuf](\d+)", name):
+        elif access := re.match(r"st\.global(?:[.:]\w+)*?(?:\.v(\d))?\.[bsuf](\d+)", name):
             total["bytes"] += weight * int(access[1] or 1) * int(access[2]) // 8
         elif name.startswith(("bar.sync", "barrier")):
             total["stalls"] += weight * _BARRIER
