@@ -39,6 +39,8 @@ gates: env env-gates  ## the gates of every change: kernels through the compiler
 	$(BIN)/python -m pallas_kernels.aot --jobs $(JOBS) --cases ring_jax.train.gates --kernel model.mini.decode --target h200
 	$(BIN)/python -m ring_jax.infer align --checkpoint tests/golden/trailing --tokens 128
 	$(BIN)/python -m ring_jax.infer align --checkpoint tests/golden/periodic --tokens 128 --precision bf16 --remat mixers
+	$(BIN)/python -m ring_jax.train --output runs/gates --overwrite --precision fp32 --tokenizer bytes --seq-len 256 --batch-size 4 --steps 2
+	$(BIN)/python -m ring_jax.infer align --checkpoint runs/gates --tokens 128
 
 gates-all: env env-gates  ## the long gates: every kernel and the models for all chips, bf16, FP8 and interpreted kernels compared, too
 	$(BIN)/python -m pallas_kernels.aot --jobs $(JOBS)

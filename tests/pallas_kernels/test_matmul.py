@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pallas_kernels import compat
-from pallas_kernels.fused_layers import gated_group_norm
+from pallas_kernels.fused_layers import gated_group_norm, qk_norm_rope
 from pallas_kernels.fused_layers import reference as layers
 from pallas_kernels.matmul import ROW_TILE, map_row_tiles, matmul, reference
 from pallas_kernels.matmul.api import IMPLEMENTATIONS
@@ -122,6 +122,20 @@ def fused(x, w, o, weight, how, implementation):
     return matmul(x, w, gated, rows=[o[: len(x)]], weights=[weight], aligned=how, implementation=implementation)
 
 
+def rotated(x, w, cos, sin, query, key, implementation):
+    heads = functools.partial(qk_norm_rope, num_kv_heads=3, eps=1e-6)
+    num = len(x)
+    return matmul(x, w, heads, rows=[cos[:num], sin[:num]], weights=[query, key], aligned=True, implementation=implementation)
+
+
+def rotated_inputs(dtype):
+    """Of the `demo` preset's linear attention."""
+    num, half = max(ROW_COUNTS), 16
+    x, w = inputs(Case((num,), 192, 576), dtype)
+    angle = jnp.arange(num)[:, None] / 1e6 ** (jnp.arange(half) / half)
+    return x, w, jnp.cos(angle), jnp.sin(angle), *random_like((jax.ShapeDtypeStruct((64,), dtype),) * 2)
+
+
 @every_implementation
 @pytest.mark.parametrize("is_aligned", [False, True])
 @pytest.mark.parametrize("num", [1, 70])
@@ -133,14 +147,25 @@ def test_epilogue_value_and_gradients(num, is_aligned, implementation):
     assert_close(actual, in_float64(with_gradients(plain), arguments, cotangents), jnp.float32)
 
 
-@pytest.mark.parametrize(("implementation", "dtype"), modes_and_dtypes(IMPLEMENTATIONS))
-def test_epilogue_rows_do_not_depend_on_how_many_there_are(dtype, implementation):
+EPILOGUES = {
+    "gated": (functools.partial(fused, how=True), lambda dtype: epilogue_inputs(max(ROW_COUNTS), dtype)),
+    "rotated": (rotated, rotated_inputs),
+}
+
+
+# A TPU's kernel of the layer refuses heads of 64.
+EVERY_EPILOGUE = modes_and_dtypes(IMPLEMENTATIONS, ["gated"], ["gated"]) + modes_and_dtypes(["xla"], ["rotated"], ["rotated"])
+
+
+@pytest.mark.parametrize(("implementation", "dtype", "epilogue"), EVERY_EPILOGUE)
+def test_epilogue_rows_do_not_depend_on_how_many_there_are(epilogue, dtype, implementation):
     """Nor on whether the gradient keeps the product."""
-    x, *others = epilogue_inputs(max(ROW_COUNTS), DTYPES[dtype])
-    aligned_fused = functools.partial(fused, how=True, implementation=implementation)
-    run = jit_of(implementation)(aligned_fused)
+    function, make = EPILOGUES[epilogue]
+    x, *others = make(DTYPES[dtype])
+    function = functools.partial(function, implementation=implementation)
+    run = jit_of(implementation)(function)
     everything = run(x, *others)
-    kept = jit_of(implementation)(lambda *arguments: jax.vjp(aligned_fused, *arguments))(x, *others)[0]
+    kept = jit_of(implementation)(lambda *arguments: jax.vjp(function, *arguments))(x, *others)[0]
     assert_same_bits(kept, everything)
     for num in ROW_COUNTS if implementation == "xla" else FEW_COUNTS:
         assert_same_bits(run(x[:num], *others), jax.tree.map(lambda y, num=num: y[:num], everything))
