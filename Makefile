@@ -3,6 +3,9 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 GATES_VENV ?= .venv-gates
 JOBS ?= 2
+# A model whose every op the kernels take: heads and experts of whole lanes.
+LANES := --model test --model.num_layers 3 --model.hidden_size 256 --model.num_heads 2 --model.num_kv_heads 1 --model.head_size 128 \
+	--model.ffn_size 256 --model.expert_size 128 --model.shared_expert_size 128
 
 .PHONY: help env env-gates demo test test-slow gates gates-all lint bench clean
 
@@ -48,7 +51,10 @@ gates-all: env env-gates  ## the long gates: every kernel and the models for all
 	$(BIN)/python -m ring_jax.infer align --checkpoint tests/golden/periodic --tokens 256
 	$(BIN)/python -m ring_jax.infer align --checkpoint tests/golden/trailing --tokens 256 --precision bf16
 	$(BIN)/python -m ring_jax.infer align --checkpoint tests/golden/periodic --tokens 64 --precision fp8
-	$(BIN)/python -m ring_jax.infer align --checkpoint tests/golden/trailing --tokens 64 --precision bf16 --kernels pallas
+	$(BIN)/python -m ring_jax.train --output runs/lanes --overwrite $(LANES) --precision fp32 --tokenizer bytes --seq-len 128 --batch-size 2 --steps 2
+	$(BIN)/python -m ring_jax.infer align --checkpoint runs/lanes --tokens 64 --kernels pallas
+	$(BIN)/python -m ring_jax.infer align --checkpoint runs/lanes --tokens 64 --kernels pallas --precision bf16
+	$(BIN)/python -m ring_jax.infer align --checkpoint runs/lanes --tokens 64 --kernels pallas --precision fp8
 
 lint: env  ## ruff and pyright
 	$(BIN)/ruff check .
