@@ -37,16 +37,15 @@ test: env env-gates  ## the test suite
 test-slow: env env-gates  ## all tests, with those that take minutes, every program compiled as users compile it
 	RING_JAX_TEST_OPTIMISED=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile -m 'not gpu'
 
-gates: env env-gates  ## the gates of every change: kernels through the compilers of two chips, train and inference compared bit by bit
-	$(BIN)/python -m pallas_kernels.aot --jobs $(JOBS) --target v6e --target h200
+gates: env env-gates  ## the gates of every change: kernels through the compilers of four chips, train and inference compared bit by bit
+	$(BIN)/python -m pallas_kernels.aot --jobs $(JOBS)
 	$(BIN)/python -m pallas_kernels.aot --jobs $(JOBS) --cases ring_jax.train.gates --kernel model.mini.decode --target h200
 	$(BIN)/python -m ring_jax.infer align --checkpoint tests/golden/trailing --tokens 128
 	$(BIN)/python -m ring_jax.infer align --checkpoint tests/golden/periodic --tokens 128 --precision bf16 --remat mixers
 	$(BIN)/python -m ring_jax.train --output runs/gates --overwrite --precision fp32 --tokenizer bytes --seq-len 256 --batch-size 4 --steps 2
 	$(BIN)/python -m ring_jax.infer align --checkpoint runs/gates --tokens 128
 
-gates-all: env env-gates  ## the long gates: every kernel and the models for all chips, bf16, FP8 and interpreted kernels compared, too
-	$(BIN)/python -m pallas_kernels.aot --jobs $(JOBS)
+gates-all: gates  ## the long gates: those, the models for all chips, and more of bf16, FP8 and interpreted kernels compared
 	$(BIN)/python -m pallas_kernels.aot --jobs $(JOBS) --cases ring_jax.train.gates
 	$(BIN)/python -m ring_jax.infer align --checkpoint tests/golden/periodic --tokens 256
 	$(BIN)/python -m ring_jax.infer align --checkpoint tests/golden/trailing --tokens 256 --precision bf16
