@@ -7,6 +7,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from pallas_kernels.flash_attention import flash_attention
+from pallas_kernels.scaled_matmul import QuantizedRows
 from ring_jax.cache import Placement, SoftmaxCache
 from ring_jax.config import ModelConfig
 from ring_jax.layers import HeadNorms, weight
@@ -24,7 +25,7 @@ class SoftmaxAttention(nnx.Module):
         self.out = weight(rngs, (size, width), ("heads", "embed"), config.init_scale / math.sqrt(2 * config.num_layers))
 
     def __call__(
-        self, x: Float[Array, "B T D"], place: Placement, cache: SoftmaxCache | None
+        self, x: Float[Array, "B T D"] | QuantizedRows, place: Placement, cache: SoftmaxCache | None
     ) -> tuple[Float[Array, "B R D"], SoftmaxCache | None]:
         """Return the mixer's output for the wanted tokens and the cache after the call's tokens."""
         config = self.config

@@ -280,13 +280,14 @@ def load(
     stacked: bool = True,
     aligned: bool = True,
     remat: str = "none",
+    gradients: bool = False,
     kernels: str = "auto",
 ) -> Loaded:
     """Return a checkpoint's model, config and tokenizer.
 
     precision: "fp32", "bf16" or "fp8" (see Numerics), default the checkpoint's. With a mesh the parameters are sharded over it. `stacked`
-    chooses the layout of the parameters (see `model.layer_pattern`). Raises ValueError in one line for a missing, damaged or unfitting
-    checkpoint.
+    chooses the layout of the parameters (see `model.layer_pattern`), `gradients` whether the model may be differentiated in FP8. Raises
+    ValueError in one line for a missing, damaged or unfitting checkpoint.
     """
     found = find(path)
     if found.step is None:
@@ -303,7 +304,7 @@ def load(
     arrays: dict[str, Any] = read_arrays(source, parameters(abstract), placed)
     if precision is not None and precision not in DTYPES:
         raise ValueError(f"unknown precision {precision!r}; known: {', '.join(DTYPES)}")
-    numerics = Numerics.of(precision or stored, aligned=aligned, remat=remat, kernels=kernels)
+    numerics = Numerics.of(precision or stored, aligned=aligned, remat=remat, gradients=gradients, kernels=kernels)
     return Loaded(build(config, numerics, arrays, stacked=stacked, mesh=mesh), config, tokenizer)
 
 

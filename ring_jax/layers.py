@@ -2,6 +2,7 @@
 
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.fused_layers import qk_norm_rope, residual_rms_norm, swiglu
+from pallas_kernels.scaled_matmul import QuantizedRows
 from ring_jax.config import ModelConfig
 from ring_jax.numerics import Numerics, Table
 
@@ -32,11 +34,9 @@ class RMSNorm(nnx.Module):
         self.eps, self.numerics = config.norm_eps, numerics
         self.weight = norm_weight(config.hidden_size)
 
-    def __call__(
-        self, x: Float[Array, "B T D"], y: Float[Array, "B T D"] | None = None
-    ) -> tuple[Float[Array, "B T D"], Float[Array, "B T D"]]:
-        """Return x + y, the residual stream after an update y, and its normalised rows in the compute dtype."""
-        return residual_rms_norm(x, y, self.weight[...], eps=self.eps, dtype=self.numerics.dtype, **self.numerics.ops)
+    def __call__(self, x: Float[Array, "B T D"], y: Float[Array, "B T D"] | None = None, emit: tuple[str, ...] = ("plain",)) -> Any:
+        """Return x + y, the residual stream after an update y, and its normalised rows in the compute dtype, as `emit` says."""
+        return residual_rms_norm(x, y, self.weight[...], eps=self.eps, dtype=self.numerics.dtype, emit=emit, **self.numerics.ops)
 
 
 def rotary_tables(config: ModelConfig) -> tuple[np.ndarray, np.ndarray]:
@@ -85,7 +85,7 @@ class HeadNorms(nnx.Module):
 
     def project(
         self,
-        x: Float[Array, "B T D"],
+        x: Float[Array, "B T D"] | QuantizedRows,
         qkv: Float[Array, "D F"],
         num_kv_heads: int,
         cos: Float[Array, "B T half"],
@@ -105,6 +105,7 @@ class SwiGLU(nnx.Module):
         self.gate_up = weight(rngs, (width, 2 * size), ("embed", "ffn"), scale)
         self.down = weight(rngs, (size, width), ("ffn", "embed"), scale / math.sqrt(2 * config.num_layers))
 
-    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+    def __call__(self, x: Float[Array, "B T D"] | QuantizedRows) -> Float[Array, "B T D"]:
         """Return the FFN's output."""
-        return self.numerics.matmul(self.numerics.matmul(x, self.gate_up[...], swiglu), self.down[...])
+        gated = functools.partial(swiglu, emit=self.numerics.emit())
+        return self.numerics.matmul(self.numerics.matmul(x, self.gate_up[...], gated), self.down[...])

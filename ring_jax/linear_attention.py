@@ -11,6 +11,7 @@ from jaxtyping import Array, Float
 
 from pallas_kernels.fused_layers import gated_group_norm
 from pallas_kernels.lightning_attention import lightning_attention, lightning_attention_step
+from pallas_kernels.scaled_matmul import QuantizedRows
 from ring_jax.cache import LinearCache, Placement
 from ring_jax.config import ModelConfig
 from ring_jax.layers import HeadNorms, norm_weight, weight
@@ -43,22 +44,22 @@ class LinearAttention(nnx.Module):
         self.log_decay = Table(jnp.zeros(heads))  # set by the model, which knows the layer
 
     def __call__(
-        self, x: Float[Array, "B T D"], place: Placement, cache: LinearCache | None
+        self, x: Float[Array, "B T D"] | QuantizedRows, place: Placement, cache: LinearCache | None
     ) -> tuple[Float[Array, "B T D"], LinearCache | None]:
         """Return the mixer's output and the cache after the call's tokens."""
         config, product = self.config, self.numerics.matmul
-        batch, num_tokens, _ = x.shape
         q, k, v = self.head_norms.project(x, self.qkv[...], config.num_heads, place.cos, place.sin)
         o, cache = self.attend(name(q, "query"), name(k, "key"), name(v, "value"), place, cache)
-        o = name(o, "mixer").reshape(batch, num_tokens, -1)
+        o = name(o, "mixer").reshape(*o.shape[:2], -1)
         o = name(product(x, self.gate[...], self.gated_norm, rows=[o], weights=[self.group_norm[...]]), "gated")
         return name(product(o, self.out[...]), "mixer_out"), cache
 
     def gated_norm(
         self, gate: Float[Array, "*rows D"], o: Float[Array, "*rows D"], weight: Float[Array, " D"], **how: Any
-    ) -> Float[Array, "*rows D"]:
+    ) -> Float[Array, "*rows D"] | QuantizedRows:
         """Return groupnorm(o) * sigmoid(gate); the gate is not normalised."""
-        return gated_group_norm(o, gate, weight, num_groups=self.config.num_norm_groups, eps=self.config.norm_eps, **how)
+        how |= {"num_groups": self.config.num_norm_groups, "eps": self.config.norm_eps, "emit": self.numerics.emit()}
+        return gated_group_norm(o, gate, weight, **how)
 
     def attend(
         self,

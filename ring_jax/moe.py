@@ -19,6 +19,7 @@ from pallas_kernels.grouped_matmul import (
     take_rows,
 )
 from pallas_kernels.matmul import matmul
+from pallas_kernels.scaled_matmul import QuantizedRows
 from ring_jax import sharding
 from ring_jax.config import ModelConfig
 from ring_jax.layers import SwiGLU, weight
@@ -45,11 +46,13 @@ class MoE(nnx.Module):
         if config.num_shared_experts:
             self.shared = SwiGLU(config, numerics, config.shared_expert_size, rngs=rngs)
 
-    def __call__(self, x: Float[Array, "B T D"], valid: Bool[Array, "B T"]) -> tuple[Float[Array, "B T D"], RouterStats]:
+    def __call__(self, x: Float[Array, "B T D"] | QuantizedRows, valid: Bool[Array, "B T"]) -> tuple[Float[Array, "B T D"], RouterStats]:
         """Return the FFN's output and what the router did; padding is routed nowhere."""
-        experts, weights, stats = self.route(x, valid)
-        rows, experts, weights = (y.reshape(-1, y.shape[-1]) for y in (x, experts, weights))
-        y = name(self.weighted_experts(rows, experts, weights).reshape(x.shape), "experts")
+        plain = x.plain if isinstance(x, QuantizedRows) else x
+        experts, weights, stats = self.route(plain, valid)
+        experts, weights = (y.reshape(-1, y.shape[-1]) for y in (experts, weights))
+        rows = x.flat if isinstance(x, QuantizedRows) else x.reshape(-1, x.shape[-1])
+        y = name(self.weighted_experts(rows, experts, weights).reshape(plain.shape), "experts")
         return (y + name(self.shared(x), "shared") if self.config.num_shared_experts else y), stats
 
     def route(self, x: Float[Array, "B T D"], valid: Bool[Array, "B T"]) -> tuple[Int[Array, "B T A"], Float[Array, "B T A"], RouterStats]:
@@ -69,7 +72,9 @@ class MoE(nnx.Module):
         load = jnp.bincount(chosen.reshape(-1), length=config.num_experts + 1)[:-1].astype(jnp.float32)
         return chosen, name(weights, "router"), RouterStats(load, jnp.where(valid, log_total**2, 0.0).sum())
 
-    def weighted_experts(self, rows: Float[Array, "N D"], experts: Int[Array, "N A"], weights: Float[Array, "N A"]) -> Float[Array, "N D"]:
+    def weighted_experts(
+        self, rows: Float[Array, "N D"] | QuantizedRows, experts: Int[Array, "N A"], weights: Float[Array, "N A"]
+    ) -> Float[Array, "N D"]:
         """Return the weighted sum of the outputs of each row's experts, wherever the experts live; zeros for padding."""
         num, num_slots = experts.shape
         num_shards = sharding.manual_axes().get("expert", 1)
@@ -87,18 +92,20 @@ class MoE(nnx.Module):
         source = jnp.full(num_shards * capacity, capacity, jnp.int32).at[row].set(order.astype(jnp.int32), mode="drop")
         exchange = lambda x: lax.all_to_all(x, "expert", split_axis=0, concat_axis=0, tiled=True)
         token = jnp.where(source < capacity, source // num_slots, num)
-        received = exchange(take_rows(rows, token, destination.reshape(num, num_slots)))
+        plain = rows.plain if isinstance(rows, QuantizedRows) else rows
+        received = exchange(take_rows(plain, token, destination.reshape(num, num_slots)))
         wanted = exchange(jnp.take(flat % per_shard, source, mode="fill", fill_value=per_shard))
         out = exchange(scatter_groups(*self._outputs(received, wanted[:, None])))
         returned = Groups(source, destination, tiles=jnp.zeros(0, jnp.int32))  # in no tiles: they are only added up
         return combine_groups(out, returned, weights, **self.numerics.ops)
 
-    def _outputs(self, rows: Float[Array, "N D"], experts: Int[Array, "N A"]) -> tuple[Float[Array, "rows D"], Groups]:
+    def _outputs(self, rows: Float[Array, "N D"] | QuantizedRows, experts: Int[Array, "N A"]) -> tuple[Float[Array, "rows D"], Groups]:
         """The outputs of the rows by this device's experts, and where they lie."""
         gate_up, down = self.gate_up[...], self.down[...]
         row_tile = row_tile_for(experts.size, gate_up.shape[0], aligned=self.numerics.aligned)
         groups = group_rows(experts.reshape(-1), gate_up.shape[0], row_tile)
-        return self.numerics.grouped_mlp(rows, gate_up, down, groups, experts.shape[1], swiglu, row_tile), groups
+        gated = functools.partial(swiglu, emit=self.numerics.emit())
+        return self.numerics.grouped_mlp(rows, gate_up, down, groups, experts.shape[1], gated, row_tile), groups
 
 
 def balance(bias: Float[Array, "*layers E"], load: Float[Array, "*layers E"], rate: float) -> Float[Array, "*layers E"]:

@@ -11,10 +11,10 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from pallas_kernels.compat import compiler_options, dot_operand
-from pallas_kernels.grouped_matmul import Groups, gather_groups, grouped_mlp
-from pallas_kernels.grouped_scaled_matmul import fp8_grouped_matmul
+from pallas_kernels.grouped_matmul import Groups, grouped_mlp
+from pallas_kernels.grouped_scaled_matmul import fp8_grouped_matmul, gather_quantized
 from pallas_kernels.matmul import itself, matmul
-from pallas_kernels.scaled_matmul import fp8_matmul
+from pallas_kernels.scaled_matmul import QuantizedRows, fp8_matmul, quantize_rows
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp8": "bfloat16"}
 """Precisions, and the dtype of weights and activations in each: FP8 is what products quantise their operands to."""
@@ -29,6 +29,7 @@ class Numerics:
     dtype: of weights and activations in products; the residual stream, states, statistics, router and logits are fp32.
     remat: what the gradient recomputes: "none", "full" (whole blocks) or "mixers" (all but the mixers' outputs).
     fp8: products with weights (not the router's, nor the head's) quantise both operands, in blocks, forward and backward.
+    gradients: the forward may be differentiated; in FP8, layers in front of products then leave what the gradients of weights take, too.
     unroll: layers that one turn of a loop over layers computes (what it keeps for the gradient is then not copied into a stack).
     kernels: how ops are computed: "auto" (the platform's best), "xla", "pallas" (on a CPU: interpreted), or an implementation's name.
     """
@@ -36,6 +37,7 @@ class Numerics:
     aligned: bool = True
     dtype: str = "float32"
     fp8: bool = False
+    gradients: bool = True
     remat: str = "none"
     unroll: int = 1
     kernels: str = "auto"
@@ -59,25 +61,46 @@ class Numerics:
         """Arguments that every op of `pallas_kernels` takes."""
         return {"aligned": self.aligned, "implementation": self.kernels}
 
-    def matmul(self, x: jax.Array, w: jax.Array, epilogue: Callable = itself, rows: Sequence = (), weights: Sequence = ()) -> Any:
+    def emit(self, plain: bool = False) -> tuple[str, ...]:
+        """Return how a layer in front of products with weights leaves its rows (see `fused_layers`), `plain` if others read them, too."""
+        if not self.fp8:
+            return ("plain",)
+        return ("plain",) * plain + ("rows",) + ("columns",) * self.gradients
+
+    def matmul(
+        self, x: jax.Array | QuantizedRows, w: jax.Array, epilogue: Callable = itself, rows: Sequence = (), weights: Sequence = ()
+    ) -> Any:
         """Return `matmul` of rows x [*rows, D] and a weight w [D, F], and what follows it, in the precision of products."""
         if self.fp8:
-            return epilogue(fp8_matmul(x, w, **self.ops), *rows, *weights, **self.ops)
+            return epilogue(fp8_matmul(x, w, out_dtype=self.dtype, **self.ops), *rows, *weights, **self.ops)
+        assert isinstance(x, jax.Array)
         return matmul(x, w, epilogue, rows, weights, **self.ops)
 
     def grouped_mlp(
-        self, x: jax.Array, w_in: jax.Array, w_out: jax.Array, groups: Groups, num_slots: int, between: Callable, row_tile: int
+        self,
+        x: jax.Array | QuantizedRows,
+        w_in: jax.Array,
+        w_out: jax.Array,
+        groups: Groups,
+        num_slots: int,
+        between: Callable,
+        row_tile: int,
     ) -> jax.Array:
         """Return `grouped_mlp` of tokens x [N, D], in the precision of products."""
-        if not self.fp8:
-            return grouped_mlp(x, w_in, w_out, groups, num_slots, between, row_tile=row_tile, **self.ops)
-        product = functools.partial(fp8_grouped_matmul, tiles=groups.tiles, row_tile=row_tile, implementation=self.kernels)
-        return product(between(product(gather_groups(x, groups, num_slots), w_in), **self.ops), w_out)
+        if self.fp8:
+            how = {"row_tile": row_tile, "out_dtype": self.dtype, "implementation": self.kernels}
+            product = functools.partial(fp8_grouped_matmul, tiles=groups.tiles, **how)
+            return product(between(product(gather_quantized(quantize_rows(x), groups, num_slots), w_in), **self.ops), w_out)
+        assert isinstance(x, jax.Array)
+        return grouped_mlp(x, w_in, w_out, groups, num_slots, between, row_tile=row_tile, **self.ops)
 
 
-def name(x: jax.Array, label: str) -> jax.Array:
-    """Return x, named for remat policies and for the alignment report, which compares named values of two programs."""
-    return checkpoint_name(x, label)
+def name(x: Any, label: str) -> Any:
+    """Return x, named for remat policies and for the alignment report, which compares named values of two programs.
+
+    Of rows in FP8 the values are named: there may be no others.
+    """
+    return x._replace(values=checkpoint_name(x.values, label)) if isinstance(x, QuantizedRows) else checkpoint_name(x, label)
 
 
 def jit(fun: Callable, numerics: Numerics, **kwargs: Any) -> Any:

@@ -10,7 +10,11 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels import dispatch
 from pallas_kernels.fused_layers import layers, pallas_gpu, pallas_tpu, xla
+from pallas_kernels.fused_layers.layers import FORMS
 from pallas_kernels.fused_layers.tile import Routing
+from pallas_kernels.scaled_matmul import QuantizedRows
+
+PLAIN = ("plain",)
 
 IMPLEMENTATIONS = {
     "xla": lambda aligned: functools.partial(xla.run, aligned=aligned),
@@ -30,6 +34,17 @@ def _flat(x: jax.Array, num_axes: int = 1) -> jax.Array:
     return x.reshape(-1, *x.shape[x.ndim - num_axes :])
 
 
+def _shaped(rows: jax.Array | QuantizedRows, lead: tuple[int, ...]) -> Any:
+    """Flat rows with their leading axes."""
+    return rows.shaped(*lead) if isinstance(rows, QuantizedRows) else rows.reshape(*lead, rows.shape[-1])
+
+
+def _form(emit: tuple[str, ...]) -> tuple[str, ...]:
+    if emit not in FORMS:
+        raise ValueError(f"a layer cannot emit {emit}; it can emit {', '.join(map(str, FORMS))}")
+    return emit
+
+
 def residual_rms_norm(
     x: Float[Array, "*rows D"],
     y: Float[Array, "*rows D"] | None,
@@ -37,20 +52,22 @@ def residual_rms_norm(
     *,
     eps: float,
     dtype: DTypeLike,
+    emit: tuple[str, ...] = PLAIN,
     aligned: bool = False,
     implementation: str = "auto",
-) -> tuple[Float[Array, "*rows D"], Float[Array, "*rows D"]]:
+) -> tuple[Float[Array, "*rows D"], Float[Array, "*rows D"] | QuantizedRows]:
     """Return x + y in fp32 (x itself if y is None) and its RMS norm, rounded to `dtype`, times the weight.
 
     With `aligned` a row has the same bits whatever rows stand beside it, here and in all layers; only the forward promises that.
-    Differentiable in x, y and weight.
+    emit: what the normed rows are written as: "plain", "rows" (the plain numbers in FP8 with a scale for each row and 128 columns, for a
+    product) or "columns" (with a scale for each column and 128 rows, for the gradient of its weight), or those of `layers.FORMS`
+    together; with "rows" the result is `QuantizedRows`, as products in FP8 take them. Raises ValueError for another.
+    Differentiable in x, y and weight; but where they emit ("rows",) alone a gradient raises ValueError.
     """
-    how = {"aligned": aligned}
     flat = _flat(x), None if y is None else _flat(y)
-    total, normed = dispatch.call(
-        "residual_rms_norm", _table(layers.residual_rms_norm), implementation, *flat, weight, eps, jnp.dtype(dtype), **how
-    )
-    return total.reshape(x.shape), normed.reshape(x.shape)
+    arguments = *flat, weight, eps, jnp.dtype(dtype), _form(emit)
+    total, normed = dispatch.call("residual_rms_norm", _table(layers.residual_rms_norm), implementation, *arguments, aligned=aligned)
+    return total.reshape(x.shape), _shaped(normed, x.shape[:-1])
 
 
 def gated_group_norm(
@@ -60,36 +77,38 @@ def gated_group_norm(
     *,
     num_groups: int,
     eps: float,
+    emit: tuple[str, ...] = PLAIN,
     aligned: bool = False,
     implementation: str = "auto",
-) -> Float[Array, "*rows D"]:
+) -> Float[Array, "*rows D"] | QuantizedRows:
     """Return the RMS norm of o over each of `num_groups` groups of channels, times the weight, times sigmoid(gate).
 
     The result has o's dtype, and so have the normed channels and their product with the weight. Differentiable in all three.
+    emit: see `residual_rms_norm`.
     Raises ValueError if the groups do not divide the channels.
     """
     if o.shape[-1] % num_groups:
         raise ValueError(f"{num_groups} groups do not divide {o.shape[-1]} channels")
-    out = dispatch.call(
-        "gated_group_norm", _table(layers.gated_group_norm), implementation, _flat(o), _flat(gate), weight, num_groups, eps, aligned=aligned
-    )
-    return out.reshape(o.shape)
+    arguments = _flat(o), _flat(gate), weight, num_groups, eps, _form(emit)
+    out = dispatch.call("gated_group_norm", _table(layers.gated_group_norm), implementation, *arguments, aligned=aligned)
+    return _shaped(out, o.shape[:-1])
 
 
 def swiglu(
     gate_up: Float[Array, "*rows two_F"],
     weight: Float[Array, "*rows"] | None = None,
     *,
+    emit: tuple[str, ...] = PLAIN,
     aligned: bool = False,
     implementation: str = "auto",
-) -> Float[Array, "*rows F"]:
+) -> Float[Array, "*rows F"] | QuantizedRows:
     """Return silu(gate) * up for gate_up = gate | up, times each row's weight if there is one, in fp32 and cast once to gate_up's dtype.
 
-    Differentiable in both.
+    Differentiable in both. emit: see `residual_rms_norm`.
     """
     per_row = None if weight is None else weight.reshape(-1, 1)
-    out = dispatch.call("swiglu", _table(layers.swiglu), implementation, _flat(gate_up), per_row, aligned=aligned)
-    return out.reshape(*gate_up.shape[:-1], -1)
+    out = dispatch.call("swiglu", _table(layers.swiglu), implementation, _flat(gate_up), per_row, _form(emit), aligned=aligned)
+    return _shaped(out, gate_up.shape[:-1])
 
 
 def qk_norm_rope(

@@ -11,6 +11,7 @@ from jax.typing import DTypeLike
 
 from pallas_kernels.aot.case import CompileCase
 from pallas_kernels.fused_layers import api, reference
+from pallas_kernels.scaled_matmul import QuantizedRows, quantize
 
 EPS = 1e-6
 
@@ -164,6 +165,34 @@ def equations_of(case: Case, dtype: DTypeLike) -> Callable:
     return lambda *arguments: jax.tree.map(lambda y, x: y.astype(x.dtype).reshape(x.shape), case.truth(*arguments), like)
 
 
+FEEDING = ("residual_rms_norm", "gated_group_norm", "swiglu")
+"""Layers in front of products, which can emit FP8."""
+
+
+def written(outs: Any) -> Any:
+    """Return a layer's results without the carriers of gradients, which are no arrays of their own."""
+    is_rows = lambda x: isinstance(x, QuantizedRows)
+    return jax.tree.map(lambda x: x._replace(carrier=None) if is_rows(x) else x, outs, is_leaf=is_rows)
+
+
+def in_fp8(layers: list[Case], dtype: DTypeLike, implementation: str | None) -> Callable:
+    """Return a program of the values of layers for products in FP8, without gradients: fused, or their equations, then quantisation.
+
+    The rows of the last norm are plain, too: a router reads them.
+    """
+    last = max((i for i, case in enumerate(layers) if case.op == "residual_rms_norm"), default=-1)
+
+    def values(i: int, case: Case, given: Any) -> Any:
+        emit = ("plain", "rows") if i == last else ("rows",)
+        if implementation:
+            how = {"emit": emit} if case.op in FEEDING else {}
+            return written(case.function(dtype, **how, implementation=implementation)(*given))
+        outs = jax.tree.leaves(equations_of(case, dtype)(*given))
+        return [*outs[: len(outs) - (i != last)], quantize(outs[-1])] if case.op in FEEDING else outs
+
+    return lambda arguments: [values(i, case, given) for i, (case, given) in enumerate(zip(layers, arguments, strict=True))]
+
+
 def program(case: Case, dtype: DTypeLike, backward: bool, **kwargs) -> tuple[Callable, tuple[Any, ...]]:
     """Return the layer, or its gradient as a program of its own, and the shapes of its arguments."""
     layer, structs = case.function(dtype, **kwargs), tuple(case.structs(dtype))
@@ -173,11 +202,11 @@ def program(case: Case, dtype: DTypeLike, backward: bool, **kwargs) -> tuple[Cal
     return lambda arguments, d_outs: both([arguments], [d_outs])[0][1], (arguments[0], d_outs[0])
 
 
-def moved_bytes(case: Case, dtype: DTypeLike, backward: bool) -> int:
+def moved_bytes(case: Case, dtype: DTypeLike, backward: bool, **how) -> int:
     """Return what a layer moves at least: arguments and results; its gradient: what is kept for it, what comes in, and what goes out."""
     size = lambda tree: sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
     arguments = case.structs(dtype)
-    outs = jax.eval_shape(case.function(dtype, implementation="xla"), *arguments)
+    outs = written(jax.eval_shape(case.function(dtype, implementation="xla", **how), *arguments))
     if not backward:
         return size((arguments, outs))
     kept, incoming = arguments, outs
@@ -231,6 +260,33 @@ def compile_cases() -> Iterator[CompileCase]:
                     floor_ratio=_RATIOS[case.op][0 if targets != ("h200",) else 1] if num > 64 else None,
                     quick=(model, num) == ("mini", 64),
                 )
+    for name in ("residual_rms_norm", "gated_group_norm", "swiglu", "swiglu expert"):
+        for emit in (("rows",), ("rows", "columns") if name.startswith("swiglu") else ("plain", "rows")):
+            case = model_cases("mini", 8192)[name]
+            yield CompileCase(
+                kernel=f"fused_layers.{case.op}.fp8",
+                shape=f"mini {name.removeprefix(case.op)} 8192 {' '.join(emit)}".replace("  ", " "),
+                targets=("h200",),
+                program=lambda *given, layer=case.function(jnp.bfloat16, emit=emit, implementation="pallas_gpu"): written(layer(*given)),
+                arguments=tuple(case.structs(jnp.bfloat16)),
+                bytes=moved_bytes(case, jnp.bfloat16, False, emit=emit),
+                flops=0,
+                floor_ratio=1.8 if "columns" in emit else 1.2,
+                quick=(name, emit) == ("gated_group_norm", ("rows",)),
+            )
+    for model, mixer in (("mini", "linear"), ("flash", "softmax")):
+        layers = between_products(model, 8192, mixer)
+        yield CompileCase(
+            kernel="fused_layers.layer.fp8",
+            shape=f"{model} {mixer} 8192",
+            targets=("h200",),
+            program=in_fp8(layers, jnp.bfloat16, "pallas_gpu"),
+            arguments=([tuple(case.structs(jnp.bfloat16)) for case in layers],),
+            bytes=sum(moved_bytes(case, jnp.bfloat16, False, **({"emit": ("rows",)} if case.op in FEEDING else {})) for case in layers),
+            flops=0,
+            unfused=in_fp8(layers, jnp.bfloat16, None),
+            fewer_bytes=0.8,
+        )
     for model, mixer, targets in (("mini", "linear", ("v5p", "h200")), ("mini", "softmax", ("h200",)), ("flash", "linear", ("v5p",))):
         layers = between_products(model, 8192, mixer)
         plain, arguments = trained([(equations_of(case, jnp.bfloat16), case) for case in layers], jnp.bfloat16)

@@ -4,34 +4,76 @@
 """
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from pallas_kernels.fused_layers import tile
 from pallas_kernels.fused_layers.rows import Out, Pass, Rows
+from pallas_kernels.scaled_matmul import Quantized, QuantizedRows
+
+FORMS = (("plain",), ("rows",), ("plain", "rows"), ("rows", "columns"), ("plain", "rows", "columns"))
+"""What a layer in front of a product may emit; `emit` is one of them."""
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 4, 5))
-def residual_rms_norm(run, x, y, weight, eps, dtype):
+def _emitted(size: int, dtype: DTypeLike, emit: tuple[str, ...]) -> Out:
+    return Out((size,), dtype, plain="plain" in emit, by_rows="rows" in emit, by_columns="columns" in emit)
+
+
+def _as_rows(arrays: tuple[jax.Array, ...], dtype: DTypeLike, emit: tuple[str, ...]) -> jax.Array | QuantizedRows:
+    """The rows of a result's arrays."""
+    found = list(arrays)
+    plain = found.pop(0) if "plain" in emit else None
+    if plain is not None and not found:
+        return plain
+    values, scales = found.pop(0), found.pop(0)
+    carrier = jnp.zeros(values.shape, dtype) if plain is None and found else plain
+    return QuantizedRows(plain, values, scales, Quantized(*found) if found else None, carrier)
+
+
+def _differentiable(forward: Callable) -> Callable:
+    """The forward of a gradient: rows without a carrier have none, and silence would be a gradient of zero."""
+
+    @functools.wraps(forward)
+    def checked(*args):
+        if args[-1] == ("rows",):
+            raise ValueError("a layer that emits its rows in FP8 alone has no gradient: let it emit plain rows or columns, too")
+        return forward(*args)
+
+    return checked
+
+
+def _gradient(d: jax.Array | QuantizedRows) -> jax.Array:
+    """The gradient of a layer's rows: the plain ones may be read, too, and then are the carrier."""
+    if not isinstance(d, QuantizedRows):
+        return d
+    return d.carrier if d.plain is None else d.plain + d.carrier
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 4, 5, 6))
+def residual_rms_norm(run, x, y, weight, eps, dtype, emit):
     """Return x + y [N, D] fp32 and its norm in `dtype`; y may be None, then the former is x."""
-    return _residual_forward(run, x, y, weight, eps, dtype)[0]
+    return _residual_forward(run, x, y, weight, eps, dtype, emit)[0]
 
 
-def _residual_forward(run, x, y, weight, eps, dtype):
+def _residual_forward(run, x, y, weight, eps, dtype, emit):
     size = x.shape[1]
     how = {"size": size, "eps": eps, "dtype": dtype}
-    normed = Out((size,), dtype)
+    normed = _emitted(size, dtype, emit)
     if y is None:
-        ((out,),), _ = run(Pass("rms_norm", functools.partial(tile.norm, **how), (Rows((x,)),), (weight[None],), (normed,)))
-        return (x, out), (x, weight, None)
+        (out,), _ = run(Pass("rms_norm", functools.partial(tile.norm, **how), (Rows((x,)),), (weight[None],), (normed,)))
+        return (x, _as_rows(out, dtype, emit)), (x, weight, None)
     rows, outs = (Rows((x,)), Rows((y,))), (Out((size,), jnp.float32), normed)
-    ((total,), (out,)), _ = run(Pass("residual_rms_norm", functools.partial(tile.add_norm, **how), rows, (weight[None],), outs))
-    return (total, out), (total, weight, (jnp.zeros(0, x.dtype), jnp.zeros(0, y.dtype)))
+    ((total,), out), _ = run(Pass("residual_rms_norm", functools.partial(tile.add_norm, **how), rows, (weight[None],), outs))
+    return (total, _as_rows(out, dtype, emit)), (total, weight, (jnp.zeros(0, x.dtype), jnp.zeros(0, y.dtype)))
 
 
-def _residual_backward(run, eps, dtype, residuals, gradients):
+def _residual_backward(run, eps, dtype, emit, residuals, gradients):
+    del emit
     total, weight, like = residuals
+    gradients = gradients[0], _gradient(gradients[1])
     size = total.shape[1]
     dtypes = [total.dtype] if like is None else [x.dtype for x in like]
     gradient = functools.partial(tile.norm_gradient if like is None else tile.add_norm_gradient, size=size, eps=eps, dtype=dtype)
@@ -42,24 +84,26 @@ def _residual_backward(run, eps, dtype, residuals, gradients):
     return d_x, d_y, d_weight[0].astype(weight.dtype)
 
 
-residual_rms_norm.defvjp(_residual_forward, _residual_backward)
+residual_rms_norm.defvjp(_differentiable(_residual_forward), _residual_backward)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 4, 5))
-def gated_group_norm(run, o, gate, weight, num_groups, eps):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 4, 5, 6))
+def gated_group_norm(run, o, gate, weight, num_groups, eps, emit):
     """Return norm(o) sigmoid(gate) [N, D] of o's dtype, the norm over each of `num_groups` groups of columns."""
-    return _gated_forward(run, o, gate, weight, num_groups, eps)[0]
+    return _gated_forward(run, o, gate, weight, num_groups, eps, emit)[0]
 
 
-def _gated_forward(run, o, gate, weight, num_groups, eps):
+def _gated_forward(run, o, gate, weight, num_groups, eps, emit):
     gated = functools.partial(tile.gated, size=o.shape[1] // num_groups, eps=eps, dtype=o.dtype)
-    weights = (weight.reshape(num_groups, -1),)
-    ((out,),), _ = run(Pass("gated_norm", gated, (Rows((o,)), Rows((gate,))), weights, (Out((o.shape[1],), o.dtype),), parts=num_groups))
-    return out, (o, gate, weight)
+    rows, weights, outs = (Rows((o,)), Rows((gate,))), (weight.reshape(num_groups, -1),), (_emitted(o.shape[1], o.dtype, emit),)
+    (out,), _ = run(Pass("gated_norm", gated, rows, weights, outs, parts=num_groups))
+    return _as_rows(out, o.dtype, emit), (o, gate, weight)
 
 
-def _gated_backward(run, num_groups, eps, residuals, d):
+def _gated_backward(run, num_groups, eps, emit, residuals, d):
+    del emit
     o, gate, weight = residuals
+    d = _gradient(d)
     gradient = functools.partial(tile.gated_gradient, size=o.shape[1] // num_groups, eps=eps, dtype=o.dtype)
     rows, weights = tuple(Rows((x,)) for x in (o, gate, d)), (weight.reshape(num_groups, -1),)
     outs = tuple(Out((x.shape[1],), x.dtype) for x in (o, gate))
@@ -68,23 +112,25 @@ def _gated_backward(run, num_groups, eps, residuals, d):
     return d_o, d_gate, d_weight.reshape(-1).astype(weight.dtype)
 
 
-gated_group_norm.defvjp(_gated_forward, _gated_backward)
+gated_group_norm.defvjp(_differentiable(_gated_forward), _gated_backward)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def swiglu(run, gate_up, weight):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3))
+def swiglu(run, gate_up, weight, emit):
     """Return silu(gate) up [N, F] for gate_up = gate | up [N, 2 F], times the row's weight [N, 1] unless that is None."""
-    return _swiglu_forward(run, gate_up, weight)[0]
+    return _swiglu_forward(run, gate_up, weight, emit)[0]
 
 
-def _swiglu_forward(run, gate_up, weight):
+def _swiglu_forward(run, gate_up, weight, emit):
     rows = (Rows((gate_up,), pieces=2), *(() if weight is None else (Rows((weight,), pieces=0),)))
-    ((out,),), _ = run(Pass("swiglu", tile.swiglu, rows, (), (Out((gate_up.shape[1] // 2,), gate_up.dtype),), parts=0))
-    return out, (gate_up, weight)
+    (out,), _ = run(Pass("swiglu", tile.swiglu, rows, (), (_emitted(gate_up.shape[1] // 2, gate_up.dtype, emit),), parts=0))
+    return _as_rows(out, gate_up.dtype, emit), (gate_up, weight)
 
 
-def _swiglu_backward(run, residuals, d):
+def _swiglu_backward(run, emit, residuals, d):
+    del emit
     gate_up, weight = residuals
+    d = _gradient(d)
     rows, outs = (Rows((gate_up,), pieces=2),), (Out((gate_up.shape[1],), gate_up.dtype, pieces=2),)
     if weight is not None:
         rows, outs = (*rows, Rows((weight,), pieces=0)), (*outs, Out((), jnp.float32))
@@ -92,7 +138,7 @@ def _swiglu_backward(run, residuals, d):
     return found[0][0], None if weight is None else found[1][0].sum(1, keepdims=True).astype(weight.dtype)
 
 
-swiglu.defvjp(_swiglu_forward, _swiglu_backward)
+swiglu.defvjp(_differentiable(_swiglu_forward), _swiglu_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 6, 7))

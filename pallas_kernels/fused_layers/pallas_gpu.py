@@ -17,8 +17,9 @@ from jax.experimental.pallas import triton
 
 from pallas_kernels import tiles
 from pallas_kernels.compat import interpreted
-from pallas_kernels.fused_layers.rows import Pass, Piece, grouped, moved, pieces, shapes
-from pallas_kernels.fused_layers.tile import Lanes
+from pallas_kernels.fused_layers.rows import Out, Pass, Piece, grouped, moved, pieces, quantised_after, shapes
+from pallas_kernels.fused_layers.tile import Lanes, rounded
+from pallas_kernels.scaled_matmul.quantized import GROUP, finite_magnitude, group_scales, to_e4m3
 
 
 def _power_of_two(size: int) -> int:
@@ -44,7 +45,7 @@ def _kernel(*refs, call: Pass, parts: int, num: int, height: int, turns: int, nu
     refs = list(refs)
     rows = [(operand, pieces(operand, parts), [refs.pop(0) for _ in operand.arrays]) for operand in call.rows]
     weights = [(w.shape[1], refs.pop(0)) for w in call.weights]
-    outs = [(out, pieces(out, parts), [refs.pop(0) for _ in pieces(out, parts).columns]) for out in call.outs]
+    outs = [(out, where := pieces(out, parts), [refs.pop(0) for _ in _layouts(out, where)]) for out in call.outs]
     sums = refs
     part, first_row = pl.program_id(0) * num, pl.program_id(1) * turns * height
 
@@ -82,6 +83,38 @@ def _kernel(*refs, call: Pass, parts: int, num: int, height: int, turns: int, nu
             window = ref.at[pl.ds(turn * height, height), pl.ds(slot, num), pl.ds(0, size[2])]
             triton.store(window, jnp.broadcast_to(x, size).astype(ref.dtype), mask=_all(exists))
 
+    def scales_of(x: jax.Array, axis: int) -> jax.Array:
+        return group_scales(finite_magnitude(x).max(axis), False)
+
+    def by_rows(turn, where: Piece, quantised, x: jax.Array, dtype) -> None:
+        """Store pieces in FP8; a group of columns lies in one of them."""
+        values, scales = quantised
+        ((ref, size, slot, exists),) = windows(turn, where, [values], 0)
+        x = rounded(jnp.broadcast_to(x, size), dtype)
+        if size[2] > GROUP:  # to cut nothing would cost shuffles
+            x = x.reshape(height, num, size[2] // GROUP, GROUP)
+        found = scales_of(x, -1)
+        window = ref.at[pl.ds(turn * height, height), pl.ds(slot, num), pl.ds(0, size[2])]
+        triton.store(window, to_e4m3(x, found[..., None]).reshape(size), mask=_all(exists))
+        found = found.reshape(height, num, size[2] // GROUP)
+        row, at, group = (lax.broadcasted_iota(jnp.int32, found.shape, axis) for axis in range(3))
+        groups = where.width // GROUP
+        exists = [first_row + turn * height + row < num_rows] if num_rows % (height * turns) else []
+        exists += [group < groups] if size[2] != where.width else []
+        triton.store(scales.at[(slot + at) * groups + group, turn * height + row], found, mask=_all(exists))
+
+    def by_columns(where: Piece, quantised, x: jax.Array, dtype) -> None:
+        """Store a piece of 128 x 128 in FP8 with a scale for each column, transposed."""
+        values, scales = quantised
+        x = x.astype(dtype).reshape(height, where.width).T.astype(jnp.float32)
+        exists = None
+        if num_rows % height:
+            exists = first_row + lax.broadcasted_iota(jnp.int32, x.shape, 1) < num_rows
+            x = jnp.where(exists, x, 0.0)
+        found, columns = scales_of(x, 1), pl.ds(part * where.width, where.width)
+        triton.store(values.at[columns, pl.ds(0, height)], to_e4m3(x, found[:, None]), mask=exists)
+        triton.store(scales.at[columns], found)
+
     def compute(turn, totals):
         seen = []
         for operand, where, arrays in rows:
@@ -93,7 +126,14 @@ def _kernel(*refs, call: Pass, parts: int, num: int, height: int, turns: int, nu
         results = list(call.tile(*seen, *factors))
         for out, where, arrays in outs:
             for j in range(out.pieces):
-                store(turn, where, arrays, j, results.pop(0))
+                x = results.pop(0)
+                if out.plain:
+                    store(turn, where, arrays[: len(where.columns)], j, x)
+                if out.by_columns:
+                    by_columns(where, arrays[-2:], x, out.dtype)
+                if out.by_rows:
+                    first = len(where.columns) * out.plain
+                    by_rows(turn, where, arrays[first : first + 2], x, out.dtype)
         return [total + terms for total, terms in zip(totals, results, strict=True)]
 
     def copy(turn, carry):
@@ -120,6 +160,12 @@ def _kernel(*refs, call: Pass, parts: int, num: int, height: int, turns: int, nu
         computed()
 
 
+def _layouts(out: Out, where: Piece) -> list[str]:
+    """How each of a result's arrays lies: as rows of pieces, as such rows' scales, as columns, or as their scales."""
+    rows, columns = ["rows", "row scales"] * out.by_rows, ["columns", "column scales"] * out.by_columns
+    return ["rows"] * (len(where.columns) * out.plain) + rows + columns
+
+
 def _parts(call: Pass, most: int) -> int:
     """The parts of a row; if it may be cut anywhere, into the widest pieces that are powers of two, or else into one."""
     if call.parts:
@@ -136,6 +182,12 @@ def run(call: Pass) -> tuple[list[tuple[jax.Array, ...]], list[jax.Array]]:
         tiles.FUSED_LAYERS_GPU_HEADS if exchanged else tiles.FUSED_LAYERS_GPU_REDUCING if call.turns else tiles.FUSED_LAYERS_GPU
     )
     parts = _parts(call, choice.entries)
+    if any((out.by_rows or out.by_columns) and pieces(out, parts).width % GROUP for out in call.outs):
+        return quantised_after(run, call)
+    if any(out.by_columns for out in call.outs):
+        if call.parts:  # a norm wants all of a row, which 128 rows have no room for
+            return quantised_after(run, call, by_rows=False)
+        choice, parts = tiles.of(tiles.FUSED_LAYERS_GPU_COLUMNS), _parts(call, GROUP)
     arrays, num_rows = [x for operand in call.rows for x in operand.arrays], call.rows[0].arrays[0].shape[0]
     places = [pieces(x, parts) for x in (*call.rows, *call.outs)]
     outs = shapes(call, num_rows, parts)
@@ -148,33 +200,41 @@ def run(call: Pass) -> tuple[list[tuple[jax.Array, ...]], list[jax.Array]]:
     turns = max(1, choice.rows // height) if call.sums else 1
     num_blocks = pl.cdiv(num_rows, height * turns)
 
-    def of_rows(shape: tuple[int, int, int]) -> pl.BlockSpec:
+    def of_rows(shape: tuple[int, ...], layout: str = "rows") -> pl.BlockSpec:
+        if layout == "column scales":
+            return pl.BlockSpec((None, shape[1]), lambda p, i: (i, 0))
+        if layout != "rows":
+            return pl.BlockSpec((shape[0], height * turns), lambda p, i: (0, i))
         return pl.BlockSpec((height * turns, shape[1], _power_of_two(shape[2])), lambda p, i: (i, 0, 0))
 
     def of_weight(w: jax.Array) -> pl.BlockSpec:
         whole = w.shape[0] == 1
         return pl.BlockSpec((1 if whole else num, _power_of_two(w.shape[1])), lambda p, i: (0 if whole else p, 0))
 
-    widths = [where.width for where in places for _ in where.columns]
-    views = [(num_rows, x.shape[1] // width, width) for x, width in zip((*arrays, *outs), widths, strict=True)]
+    widths = [where.width for where in places[: len(call.rows)] for _ in where.columns]
+    views = [(num_rows, x.shape[1] // width, width) for x, width in zip(arrays, widths, strict=True)]
+    layouts = [(how, where.width) for out, where in zip(call.outs, places[len(call.rows) :], strict=True) for how in _layouts(out, where)]
+    out_views = [
+        (num_rows, x.shape[1] // width, width) if how == "rows" else x.shape for x, (how, width) in zip(outs, layouts, strict=True)
+    ]
     summed = call.weights[: call.sums]
     assert all(w.shape[0] == parts for w in summed)
     results = pl.pallas_call(
         functools.partial(_kernel, call=call, parts=parts, num=num, height=height, turns=turns, num_rows=num_rows),
         name=call.name,
         grid=(parts // num, num_blocks),
-        in_specs=[*map(of_rows, views[: len(arrays)]), *map(of_weight, call.weights)],
+        in_specs=[*map(of_rows, views), *map(of_weight, call.weights)],
         out_specs=[
-            *map(of_rows, views[len(arrays) :]),
+            *(of_rows(view, how) for view, (how, _) in zip(out_views, layouts, strict=True)),
             *(pl.BlockSpec((None, num, _power_of_two(w.shape[1])), lambda p, i: (i, p, 0)) for w in summed),
         ],
         out_shape=[
-            *(jax.ShapeDtypeStruct(view, x.dtype) for view, x in zip(views[len(arrays) :], outs, strict=True)),
+            *(jax.ShapeDtypeStruct(view, x.dtype) for view, x in zip(out_views, outs, strict=True)),
             *(jax.ShapeDtypeStruct((num_blocks, *w.shape), jnp.float32) for w in summed),
         ],
         compiler_params=triton.CompilerParams(num_warps=choice.warps, num_stages=1),
         cost_estimate=pl.CostEstimate(flops=0, transcendentals=0, bytes_accessed=moved((arrays, outs, call.weights))),
         interpret=interpreted("gpu"),
-    )(*(x.reshape(view) for x, view in zip(arrays, views, strict=False)), *call.weights)
-    flat = [x.reshape(num_rows, -1) for x in results[: len(outs)]]
+    )(*(x.reshape(view) for x, view in zip(arrays, views, strict=True)), *call.weights)
+    flat = [x.reshape(out.shape) for x, out in zip(results, outs, strict=False)]
     return grouped(call, flat), [x.sum(0) for x in results[len(outs) :]]

@@ -14,7 +14,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import tiles
 from pallas_kernels.compat import dot_operand, interpreted
-from pallas_kernels.fused_layers.rows import Pass, Piece, grouped, moved, pieces, shapes
+from pallas_kernels.fused_layers.rows import Pass, Piece, grouped, moved, pieces, quantised_after, shapes
 from pallas_kernels.fused_layers.tile import Lanes
 
 _LANES, _SUBLANES = 128, 8
@@ -106,7 +106,9 @@ def _parts(call: Pass, most: int) -> int:
 
 
 def run(call: Pass) -> tuple[list[tuple[jax.Array, ...]], list[jax.Array]]:
-    """See `rows.Run`."""
+    """See `rows.Run`. FP8 is XLA's: before tpu7x nothing gains by it."""
+    if any(out.by_rows or out.by_columns for out in call.outs):
+        return quantised_after(run, call)
     if call.turns:
         return _run_turned(call)
     choice = tiles.of(tiles.FUSED_LAYERS_TPU)

@@ -10,7 +10,11 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax.typing import DTypeLike
+
+from pallas_kernels.scaled_matmul import quantize
+from pallas_kernels.scaled_matmul.quantized import GROUP
 
 
 class Rows(NamedTuple):
@@ -26,11 +30,18 @@ class Rows(NamedTuple):
 
 
 class Out(NamedTuple):
-    """A result: arrays [N, columns] of these columns, which follow each other. Without columns it is an array [N, parts]."""
+    """A result: arrays [N, columns] of these columns, which follow each other. Without columns it is an array [N, parts].
+
+    What is one array x may be given in FP8, too, or unless `plain` instead: as quantize(x), `by_rows`, then as quantize(x.T),
+    `by_columns`; each is two arrays, values and scales (see `scaled_matmul.Quantized`).
+    """
 
     columns: tuple[int, ...]
     dtype: DTypeLike
     pieces: int = 1
+    plain: bool = True
+    by_rows: bool = False
+    by_columns: bool = False
 
 
 class Pass(NamedTuple):
@@ -79,18 +90,45 @@ def pieces(operand: Rows | Out, parts: int) -> Piece:
 
 def shapes(call: Pass, num_rows: int, parts: int) -> list[jax.ShapeDtypeStruct]:
     """Return the results' arrays, one after the other."""
-    return [jax.ShapeDtypeStruct((num_rows, size), out.dtype) for out in call.outs for size in pieces(out, parts).columns]
+    found = []
+    for out in call.outs:
+        columns = pieces(out, parts).columns
+        found += [jax.ShapeDtypeStruct((num_rows, size), out.dtype) for size in columns if out.plain]
+        found += _quantized(num_rows, columns[0]) * out.by_rows + _quantized(columns[0], num_rows) * out.by_columns
+    return found
+
+
+def _quantized(num_rows: int, depth: int) -> list[jax.ShapeDtypeStruct]:
+    """The values and scales of an array."""
+    values = jax.ShapeDtypeStruct((num_rows, depth), jnp.float8_e4m3fn)
+    return [values, jax.ShapeDtypeStruct((-(-depth // GROUP), num_rows), jnp.float32)]
 
 
 def grouped(call: Pass, arrays: Sequence[jax.Array]) -> list[tuple[jax.Array, ...]]:
     """Return the results' arrays, a tuple for each result."""
     rest = list(arrays)
-    return [tuple(rest.pop(0) for _ in out.columns or (0,)) for out in call.outs]
+    number = lambda out: len(out.columns or (0,)) * out.plain + 2 * (out.by_rows + out.by_columns)
+    return [tuple(rest.pop(0) for _ in range(number(out))) for out in call.outs]
 
 
 def moved(arrays: Any) -> int:
     """Return the bytes of arrays or of their shapes."""
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(arrays))
+
+
+def quantised_after(run: "Run", call: Pass, by_rows: bool = True) -> tuple[list[tuple[jax.Array, ...]], list[jax.Array]]:
+    """Return what a backend's `run` gives that emits no FP8, or not `by_columns` only, with its results quantised behind it."""
+    emitted = lambda out: out._replace(plain=True, by_rows=out.by_rows and not by_rows, by_columns=False)
+    found, sums = run(call._replace(outs=tuple(map(emitted, call.outs))))
+
+    def forms(out: Out, arrays: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        if not (out.by_rows or out.by_columns):
+            return arrays
+        plain, *rows = arrays
+        rows = [*rows, *(quantize(plain) if out.by_rows and by_rows else ())]
+        return (*arrays[: out.plain], *rows, *(quantize(plain, transpose=True) if out.by_columns else ()))
+
+    return [forms(out, arrays) for out, arrays in zip(call.outs, found, strict=True)], sums
 
 
 Run = Callable[[Pass], tuple[list[tuple[jax.Array, ...]], list[jax.Array]]]

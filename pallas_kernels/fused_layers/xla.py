@@ -1,16 +1,20 @@
 """The layers in plain JAX: aligned, a loop over tiles of rows, so that a row's bits do not depend on how many stand beside it."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels.compat import pin
 from pallas_kernels.fused_layers import tile
-from pallas_kernels.fused_layers.rows import Pass, grouped, pieces
+from pallas_kernels.fused_layers.rows import Pass, grouped, pieces, quantised_after
 from pallas_kernels.matmul import map_row_tiles
 
 
 def run(call: Pass, *, aligned: bool) -> tuple[list[tuple[jax.Array, ...]], list[jax.Array]]:
     """See `rows.Run`. Gradients, and layers without a reduction, treat all rows at once: a loop over tiles is many times slower."""
+    if any(out.by_rows or out.by_columns for out in call.outs):
+        return quantised_after(functools.partial(run, aligned=aligned), call)
     parts = call.parts or 1
     computed = parts - call.copied
 

@@ -4,13 +4,15 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import dispatch
+from pallas_kernels.grouped_matmul import Groups, gather_groups, row_moves
 from pallas_kernels.grouped_scaled_matmul import pallas_gpu, pallas_tpu, xla
-from pallas_kernels.scaled_matmul import Quantized, quantize
-from pallas_kernels.scaled_matmul.quantized import GROUP
+from pallas_kernels.scaled_matmul import Quantized, QuantizedRows, quantize, quantize_rows
+from pallas_kernels.scaled_matmul.quantized import GROUP, SMALLEST_SCALE, columns_of
 
 IMPLEMENTATIONS = {"xla": xla.product, "pallas_tpu": pallas_tpu.product, "pallas_gpu": pallas_gpu.product}
 GRADIENT_IMPLEMENTATIONS = {"xla": xla.weight_gradient, "pallas_tpu": pallas_tpu.weight_gradient, "pallas_gpu": pallas_gpu.weight_gradient}
@@ -19,6 +21,21 @@ GRADIENT_IMPLEMENTATIONS = {"xla": xla.weight_gradient, "pallas_tpu": pallas_tpu
 def quantize_groups(w: Float[Array, "E K N"], *, power_of_two: bool = False) -> Quantized:
     """Return each group's matrix in FP8 by blocks of 128 x 128, contracted along its last axis: [E, N, K], scales [E, K / 128, N / 128]."""
     return jax.vmap(functools.partial(quantize, block=True, transpose=True, power_of_two=power_of_two))(w)
+
+
+def gather_quantized(x: QuantizedRows, groups: Groups, num_slots: int) -> QuantizedRows:
+    """Return tokens [N, K] in their groups' tiles, as `gather_groups` does: a token is quantised once, not once for each of its slots.
+
+    Raises ValueError for tokens that have a gradient but are not plain (too): their columns are those of other rows.
+    """
+    if x.plain is None and x.carrier is not None:
+        raise ValueError("tokens in FP8 whose layer emitted no plain rows cannot be gathered where there is a gradient")
+    token, _ = row_moves(x.values.shape[0], groups, num_slots)
+    take = functools.partial(jnp.take, indices=token, mode="fill")
+    plain = None if x.carrier is None else gather_groups(x.carrier, groups, num_slots)
+    values, scales = lax.stop_gradient((x.values, x.scales))
+    values, scales = take(values, axis=0, fill_value=0), take(scales, axis=1, fill_value=SMALLEST_SCALE)
+    return QuantizedRows(plain, values, scales, None, plain)
 
 
 def grouped_scaled_matmul(
@@ -57,7 +74,7 @@ def grouped_weight_gradient(x: Quantized, dy: Quantized, tiles, *, row_tile: int
 
 
 def fp8_grouped_matmul(
-    x: Float[Array, "rows K"],
+    x: Float[Array, "rows K"] | QuantizedRows,
     w: Float[Array, "E K N"],
     tiles: Int[Array, " E"],
     *,
@@ -69,28 +86,33 @@ def fp8_grouped_matmul(
     """Return `grouped_matmul(x, w, tiles)` of operands quantised to FP8: x per row and 128 columns, w per 128 x 128 block.
 
     Its gradients are FP8 products as well, as those of `scaled_matmul.fp8_matmul`: dx of dy by rows and the forward's blocks of w, dw of
-    x and dy quantised along the rows. The forward keeps x and w in FP8 only. Rows of padding must be zero, as `gather_groups` leaves them.
+    x and dy quantised along the rows. The forward keeps x and w in FP8 only. Rows of padding must be zero, as `gather_groups` and
+    `gather_quantized` leave them. x may be in FP8 already, as for `fp8_matmul`.
     """
-    y: jax.Array = _fp8(x, w, tiles, row_tile, jnp.dtype(out_dtype or x.dtype), power_of_two, implementation)  # pyright: ignore
+    rows = quantize_rows(x, power_of_two=power_of_two)
+    dtype = jnp.dtype(rows.carrier.dtype if out_dtype is None else out_dtype)
+    operands = rows.carrier, *lax.stop_gradient((rows.quantized, rows.columns)), w, tiles
+    y: jax.Array = _fp8(*operands, row_tile, dtype, power_of_two, implementation)  # pyright: ignore
     return y
 
 
-def _product(x, w, tiles, row_tile, out_dtype, power_of_two, implementation):
+def _product(rows, w, tiles, row_tile, out_dtype, power_of_two, implementation):
     """The product, and the blocks of w, [E, N, K]."""
     blocks = quantize_groups(w, power_of_two=power_of_two)
-    rows = quantize(x, power_of_two=power_of_two)
     return grouped_scaled_matmul(rows, blocks, tiles, row_tile=row_tile, out_dtype=out_dtype, implementation=implementation), blocks
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5, 6))
-def _fp8(x, w, tiles, row_tile, out_dtype, power_of_two, implementation):
-    return _product(x, w, tiles, row_tile, out_dtype, power_of_two, implementation)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7, 8))
+def _fp8(x, rows, columns, w, tiles, row_tile, out_dtype, power_of_two, implementation):
+    """The product of `rows` and w; x, their carrier, and their columns are there for the gradients."""
+    del x, columns
+    return _product(rows, w, tiles, row_tile, out_dtype, power_of_two, implementation)[0]
 
 
-def _forward(x, w, tiles, row_tile, out_dtype, power_of_two, implementation):
-    y, blocks = _product(x, w, tiles, row_tile, out_dtype, power_of_two, implementation)
-    like = jnp.zeros(0, x.dtype), jnp.zeros(0, w.dtype)
-    return y, (quantize(x, transpose=True, power_of_two=power_of_two), blocks, tiles, *like)
+def _forward(x, rows, columns, w, tiles, row_tile, out_dtype, power_of_two, implementation):
+    columns = columns_of(x, columns, power_of_two)
+    y, blocks = _product(rows, w, tiles, row_tile, out_dtype, power_of_two, implementation)
+    return y, (columns, blocks, tiles, jnp.zeros(0, x.dtype), jnp.zeros(0, w.dtype))
 
 
 def _backward(row_tile, out_dtype, power_of_two, implementation, residuals, dy):
@@ -100,7 +122,7 @@ def _backward(row_tile, out_dtype, power_of_two, implementation, residuals, dy):
     transposed = Quantized(*(jnp.swapaxes(x, 1, 2) for x in blocks))
     dx = grouped_scaled_matmul(quantize(dy, power_of_two=power_of_two), transposed, tiles, out_dtype=x_dtype, **how)
     dy_columns = quantize(dy, transpose=True, power_of_two=power_of_two)
-    return dx, grouped_weight_gradient(columns, dy_columns, tiles, out_dtype=w_dtype, **how), None
+    return dx, None, None, grouped_weight_gradient(columns, dy_columns, tiles, out_dtype=w_dtype, **how), None
 
 
 _fp8.defvjp(_forward, _backward)

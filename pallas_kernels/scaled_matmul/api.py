@@ -4,12 +4,13 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from pallas_kernels import dispatch
 from pallas_kernels.scaled_matmul import pallas_gpu, pallas_tpu, xla
-from pallas_kernels.scaled_matmul.quantized import GROUP, Quantized, quantize
+from pallas_kernels.scaled_matmul.quantized import GROUP, Quantized, QuantizedRows, columns_of, quantize, quantize_rows
 
 
 def _jax_triton(*args, **kwargs):
@@ -49,7 +50,7 @@ def scaled_matmul(
 
 
 def fp8_matmul(
-    x: Float[Array, "*rows K"],
+    x: Float[Array, "*rows K"] | QuantizedRows,
     w: Float[Array, "K N"],
     *,
     out_dtype: DTypeLike | None = None,
@@ -62,28 +63,34 @@ def fp8_matmul(
     Its gradients are FP8 products as well: dx = dy w^T with dy quantised per row and 128 columns of N and the forward's blocks of w,
     dw = x^T dy with both quantised along the rows. The forward keeps x and w in FP8 only. Other arguments as in `scaled_matmul`,
     which also promises the rows' bits; gradients promise none.
+
+    x may be in FP8 already, as layers of `fused_layers` emit it; without a carrier there is no default for `out_dtype`, and a gradient
+    raises ValueError.
     """
-    flat = x.reshape(-1, x.shape[-1])
-    y: jax.Array = _fp8_matmul(flat, w, jnp.dtype(out_dtype or x.dtype), power_of_two, aligned, implementation)  # pyright: ignore
-    return y.reshape(*x.shape[:-1], w.shape[1])
+    rows = quantize_rows(x, power_of_two=power_of_two)
+    dtype = jnp.dtype(rows.carrier.dtype if out_dtype is None else out_dtype)
+    operands = rows.flat.carrier, *lax.stop_gradient((rows.quantized, rows.columns)), w
+    y: jax.Array = _fp8_matmul(*operands, dtype, power_of_two, aligned, implementation)  # pyright: ignore
+    return y.reshape(*rows.values.shape[:-1], w.shape[1])
 
 
-def _product(x, w, out_dtype, power_of_two, aligned, implementation):
+def _product(rows, w, out_dtype, power_of_two, aligned, implementation):
     """The product, and the blocks of w, [N, K]."""
     blocks = quantize(w, block=True, transpose=True, power_of_two=power_of_two)
-    rows = quantize(x, power_of_two=power_of_two)
     return scaled_matmul(rows, blocks, out_dtype=out_dtype, aligned=aligned, implementation=implementation), blocks
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4, 5))
-def _fp8_matmul(x, w, out_dtype, power_of_two, aligned, implementation):
-    return _product(x, w, out_dtype, power_of_two, aligned, implementation)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6, 7))
+def _fp8_matmul(x, rows, columns, w, out_dtype, power_of_two, aligned, implementation):
+    """The product of `rows` and w; x, their carrier, and their columns are there for the gradients."""
+    del x, columns
+    return _product(rows, w, out_dtype, power_of_two, aligned, implementation)[0]
 
 
-def _forward(x, w, out_dtype, power_of_two, aligned, implementation):
-    y, blocks = _product(x, w, out_dtype, power_of_two, aligned, implementation)
-    like = jnp.zeros(0, x.dtype), jnp.zeros(0, w.dtype)
-    return y, (quantize(x, transpose=True, power_of_two=power_of_two), blocks, *like)
+def _forward(x, rows, columns, w, out_dtype, power_of_two, aligned, implementation):
+    columns = columns_of(x, columns, power_of_two)
+    y, blocks = _product(rows, w, out_dtype, power_of_two, aligned, implementation)
+    return y, (columns, blocks, jnp.zeros(0, x.dtype), jnp.zeros(0, w.dtype))
 
 
 def _backward(out_dtype, power_of_two, aligned, implementation, residuals, dy):
@@ -92,7 +99,7 @@ def _backward(out_dtype, power_of_two, aligned, implementation, residuals, dy):
     rows = quantize(dy, power_of_two=power_of_two)
     dx = scaled_matmul(rows, blocks.transposed, out_dtype=x_dtype, implementation=implementation)
     dy_columns = quantize(dy, transpose=True, power_of_two=power_of_two)
-    return dx, scaled_matmul(columns, dy_columns, out_dtype=w_dtype, implementation=implementation)
+    return dx, None, None, scaled_matmul(columns, dy_columns, out_dtype=w_dtype, implementation=implementation)
 
 
 _fp8_matmul.defvjp(_forward, _backward)

@@ -43,6 +43,37 @@ class Quantized(NamedTuple):
         return Quantized(self.values.T, self.scales.T)
 
 
+class QuantizedRows(NamedTuple):
+    """Activations [*rows, K] on their way to products in FP8, as the layer in front of them leaves them.
+
+    plain [*rows, K]: in the dtype of activations, or None where nothing reads them.
+    values [*rows, K] and scales [K / 128, N], of the N rows flat: the operand of a product.
+    columns: the rows flat, quantised along the rows, [K, N]: the operand of the gradient of its weight, or None.
+    carrier [*rows, K]: what gradients flow through; the plain rows, or zeros that nothing reads, or None where there is no gradient.
+    """
+
+    plain: Any
+    values: Any
+    scales: Any
+    columns: Quantized | None = None
+    carrier: Any = None
+
+    @property
+    def quantized(self) -> Quantized:
+        """Return the rows, flat, as an operand of a product."""
+        return Quantized(self.values.reshape(-1, self.values.shape[-1]), self.scales)
+
+    @property
+    def flat(self) -> "QuantizedRows":
+        """Return the rows, flat."""
+        return self.shaped(-1)
+
+    def shaped(self, *lead: int) -> "QuantizedRows":
+        """Return the rows with other leading axes."""
+        shaped = lambda x: None if x is None else x.reshape(*lead, x.shape[-1])
+        return self._replace(plain=shaped(self.plain), values=shaped(self.values), carrier=shaped(self.carrier))
+
+
 def group_scales(largest: jax.Array, power_of_two: bool) -> jax.Array:
     """Return the scales of groups whose largest finite magnitudes are given, fp32."""
     largest = jnp.maximum(largest.astype(jnp.float32), LARGEST * SMALLEST_SCALE)
@@ -53,10 +84,16 @@ def group_scales(largest: jax.Array, power_of_two: bool) -> jax.Array:
     return lax.bitcast_convert_type(((bits + 0x1FFFFF) & 0x7F800000) - (8 << 23), jnp.float32)
 
 
+def finite_magnitude(x: jax.Array) -> jax.Array:
+    """Return |x|, and 0 for what is not finite: that does not count for a scale."""
+    magnitude = jnp.abs(x)
+    return jnp.where(magnitude < jnp.inf, magnitude, 0)
+
+
 def to_e4m3(x: jax.Array, scales: jax.Array) -> jax.Array:
     """Return the values of x for scales that broadcast to it."""
     x = x.astype(jnp.float32)
-    return jnp.where(jnp.isfinite(x), jnp.clip(x / scales, -LARGEST, LARGEST), jnp.nan).astype(jnp.float8_e4m3fn)
+    return jnp.where(jnp.abs(x) < jnp.inf, jnp.clip(x / scales, -LARGEST, LARGEST), jnp.nan).astype(jnp.float8_e4m3fn)
 
 
 def quantize(x: Float[Array, "R K"], *, block: bool = False, transpose: bool = False, power_of_two: bool = False) -> Quantized:
@@ -71,7 +108,24 @@ def quantize(x: Float[Array, "R K"], *, block: bool = False, transpose: bool = F
     height = GROUP if block else 1
     padding = (-rows % height, -depth % GROUP)
     grouped = jnp.pad(x, [(0, p) for p in padding]).reshape((rows + padding[0]) // height, height, -1, GROUP)
-    magnitude = jnp.where(jnp.isfinite(grouped), jnp.abs(grouped), 0)
-    scales = group_scales(magnitude.max((1, 3)), power_of_two)
+    scales = group_scales(finite_magnitude(grouped).max((1, 3)), power_of_two)
     values = to_e4m3(grouped, scales[:, None, :, None]).reshape(rows + padding[0], -1)[:rows, :depth]
     return Quantized(values, scales.T)
+
+
+def quantize_rows(x: Float[Array, "*rows K"] | QuantizedRows, *, power_of_two: bool = False) -> QuantizedRows:
+    """Return activations with their FP8 values and scales, which those that have them keep."""
+    if isinstance(x, QuantizedRows):
+        return x
+    rows = quantize(lax.stop_gradient(x).reshape(-1, x.shape[-1]), power_of_two=power_of_two)
+    return QuantizedRows(x, rows.values.reshape(x.shape), rows.scales, None, x)
+
+
+def columns_of(carrier: Float[Array, "N K"] | None, columns: Quantized | None, power_of_two: bool) -> Quantized:
+    """Return rows quantised along the rows, for the gradient of a weight: of the carrier, if their layer did not.
+
+    Raises ValueError if they were left without a carrier.
+    """
+    if carrier is None:
+        raise ValueError("a product of rows in FP8 whose layer emitted neither plain rows nor columns has no gradient")
+    return columns or quantize(carrier, transpose=True, power_of_two=power_of_two)

@@ -37,7 +37,8 @@ def two_layers(tmp_path_factory):
 
 
 def programs(folder, precision=None, remat="none") -> align.Programs:
-    loaded = [checkpoint.load(folder, precision=precision, remat=remat, stacked=stacked).model for stacked in (True, False)]
+    how = {"precision": precision, "remat": remat}
+    loaded = [checkpoint.load(folder, stacked=stacked, gradients=stacked, **how).model for stacked in (True, False)]
     return align.Programs(*loaded)
 
 

@@ -10,9 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pallas_kernels import compat, fused_layers
-from pallas_kernels.fused_layers import cases, reference
+from pallas_kernels.fused_layers import cases, layers, reference
 from pallas_kernels.fused_layers.api import IMPLEMENTATIONS
 from pallas_kernels.fused_layers.cases import REFUSED, TEST_CASES
+from pallas_kernels.scaled_matmul import QuantizedRows, quantize
+from pallas_kernels.scaled_matmul.quantized import GROUP
 from tests.pallas_kernels.programs import DTYPES, ON_GPU, in_float64, jit, jit_for_values, random_like
 from tests.pallas_kernels.tolerances import assert_close, assert_same_bits
 
@@ -124,6 +126,82 @@ def test_rows_do_not_depend_on_what_stands_beside_or_around_them(name, implement
     double = lambda x: 2 * x if x is not None and x.shape[0] == 1 else x
     around = jit(lambda *halves: [(y, y + y) for y in jax.tree.leaves(layer(*map(double, halves)))])
     assert_same_bits([y for y, _ in around(*alone)], [y[-1:] for y in jax.tree.leaves(jit(layer)(*arguments))])
+
+
+EMITTING = {
+    "norm": cases.residual_rms_norm(21, 384),
+    "norm_narrow": cases.residual_rms_norm(5, 48),
+    "first_norm": cases.residual_rms_norm(5, 256, first=True),
+    "gated": cases.gated_group_norm(19, 256, 2),
+    "swiglu": cases.swiglu(21, 256, weighted=True),
+}
+
+
+def rows_of(outs):
+    """Return the rows for products, of a layer's results."""
+    return outs[1] if isinstance(outs, tuple) and not isinstance(outs, QuantizedRows) else outs
+
+
+@every_implementation
+@pytest.mark.parametrize("name", EMITTING)
+def test_rows_in_fp8_are_the_plain_ones_quantised(name, implementation, request):
+    """Whatever is emitted beside them, and where a row is infinite."""
+    case = EMITTING[name]
+    arguments = case.inputs(jnp.bfloat16)
+    arguments[0] = arguments[0].at[3, 7].set(jnp.inf)
+    layer = functools.partial(case.function, jnp.bfloat16, implementation=implementation)
+    found = {emit: rows_of(jax.jit(layer(emit=emit))(*arguments)) for emit in layers.FORMS}
+    plain = found.pop(("plain",))
+    assert not np.isfinite(np.asarray(plain[3], np.float32)).all()
+    wanted = jax.jit(lambda x: (quantize(x), quantize(x, transpose=True)))(plain)
+    for emit, rows in found.items():
+        assert (rows.plain is not None, rows.columns is not None) == ("plain" in emit, "columns" in emit)
+        assert (rows.carrier is None) == (emit == ("rows",))
+        if rows.carrier is not None:
+            assert (rows.carrier.dtype, rows.carrier.shape) == (plain.dtype, plain.shape)
+        if rows.plain is not None:
+            assert_equal(rows.plain, plain)
+        for quantised, expected in zip((rows.quantized, rows.columns), wanted, strict=True):
+            if quantised is None:
+                continue
+            if "native" in request.node.name:  # a GPU's kernel divides by other means: a value may be the next one
+                assert_close_to(quantised, plain if quantised.values.shape == plain.shape else plain.T)
+            else:
+                assert_equal(quantised.values, expected.values)
+                assert_equal(quantised.scales, expected.scales)
+
+
+def assert_equal(actual, expected):
+    assert (actual.dtype, actual.shape) == (expected.dtype, expected.shape)
+    np.testing.assert_array_equal(np.asarray(actual, np.float32), np.asarray(expected, np.float32))
+
+
+def assert_close_to(quantised, plain):
+    """Within a spacing of e4m3 numbers."""
+    scales = np.repeat(np.asarray(quantised.scales).T, GROUP, axis=1)[:, : plain.shape[1]]
+    numbers, exact = np.asarray(quantised.values, np.float32) * scales, np.asarray(plain, np.float32)
+    good = np.isfinite(exact)
+    np.testing.assert_array_equal(np.isfinite(numbers), good)
+    assert (np.abs(numbers - exact) <= np.maximum(2.0**-3 * np.abs(exact), 2.0**-9 * scales))[good].all()
+
+
+@pytest.mark.parametrize("name", EMITTING)
+def test_gradients_flow_through_the_carrier(name):
+    """Which plain rows are, too, if they are emitted; rows in FP8 alone have none."""
+    case = EMITTING[name]
+    arguments = case.inputs(jnp.float32)
+    rows = lambda first, emit: rows_of(case.function(jnp.float32, emit=emit)(first, *arguments[1:]))
+    d = random_like(jax.eval_shape(lambda x: rows(x, ("plain",)), arguments[0]))
+    gradient = lambda f: jax.jit(jax.grad(lambda x: (d * f(x)).sum()))(arguments[0])
+    expected = gradient(lambda x: rows(x, ("plain",)))
+    assert_same_bits(gradient(lambda x: rows(x, ("rows", "columns")).carrier), expected)
+    for emit in (("plain", "rows"), ("plain", "rows", "columns")):
+        assert_same_bits(gradient(lambda x, emit=emit: rows(x, emit).carrier), expected)
+        assert_same_bits(gradient(lambda x, emit=emit: rows(x, emit).plain), expected)
+    with pytest.raises(ValueError, match="in FP8 alone has no gradient"):
+        jax.grad(lambda x: rows(x, ("rows",)).scales.sum())(arguments[0])
+    with pytest.raises(ValueError, match=r"cannot emit \('fp4',\); it can emit \('plain',\), "):
+        rows(arguments[0], ("fp4",))
 
 
 @pytest.mark.parametrize(("name", "mixer"), [("mini", "linear"), ("flash", "softmax")])

@@ -9,10 +9,16 @@ import pytest
 
 from pallas_kernels.grouped_matmul import gather_groups, group_rows
 from pallas_kernels.grouped_matmul.cases import inputs
-from pallas_kernels.grouped_scaled_matmul import fp8_grouped_matmul, grouped_scaled_matmul, quantize_groups, reference
+from pallas_kernels.grouped_scaled_matmul import (
+    fp8_grouped_matmul,
+    gather_quantized,
+    grouped_scaled_matmul,
+    quantize_groups,
+    reference,
+)
 from pallas_kernels.grouped_scaled_matmul.api import IMPLEMENTATIONS
 from pallas_kernels.grouped_scaled_matmul.cases import TEST_CASES
-from pallas_kernels.scaled_matmul import Quantized, quantize
+from pallas_kernels.scaled_matmul import Quantized, quantize, quantize_rows
 from tests.pallas_kernels.programs import DTYPES, ON_GPU, in_float64, jit_for_values, jit_of, random_like, with_gradients
 from tests.pallas_kernels.tolerances import assert_close, assert_same_bits, fp8_tolerance
 
@@ -61,6 +67,26 @@ def test_product_and_gradients(name, implementation):
     columns, dy_columns = quantize(x, transpose=True), quantize(dy, transpose=True)
     assert_close(dw, in_float64(weight_gradient, columns, dy_columns, owner), jnp.float32, tolerance)
     assert not np.asarray(dw)[np.setdiff1d(np.arange(case.E), owner)].any()
+
+
+def test_tokens_are_quantised_once():
+    """Before they are gathered: the numbers, the product and its gradients are those of gathered rows."""
+    case = TEST_CASES["some"]
+    x, w, experts = inputs(case, jnp.float32)
+    groups = group_rows(experts.reshape(-1), case.E, ROW_TILE)
+    gathered = gather_groups(x, groups, case.A)
+    found = gather_quantized(quantize_rows(x), groups, case.A)
+    assert_same_bits(found, quantize_rows(gathered))
+    product = functools.partial(fp8_grouped_matmul, tiles=groups.tiles, row_tile=ROW_TILE)
+    dy = jnp.where((groups.source < experts.size)[:, None], random_like(jax.ShapeDtypeStruct((len(gathered), case.F), jnp.float32)), 0)
+    ways = (
+        lambda x, w: product(gather_groups(x, groups, case.A), w),
+        lambda x, w: product(gather_quantized(quantize_rows(x), groups, case.A), w),
+    )
+    expected, actual = (jit_for_values(with_gradients(way))((x, w), dy) for way in ways)
+    assert_same_bits(actual, expected)
+    with pytest.raises(ValueError, match="emitted no plain rows cannot be gathered"):
+        gather_quantized(quantize_rows(x)._replace(plain=None), groups, case.A)
 
 
 def weight_gradient(x, dy, owner):

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pallas_kernels.scaled_matmul import Quantized, fp8_matmul, reference, scaled_matmul
+from pallas_kernels.scaled_matmul import Quantized, fp8_matmul, quantize_rows, reference, scaled_matmul
 from pallas_kernels.scaled_matmul import quantize as quantize_array
 from pallas_kernels.scaled_matmul.cases import TEST_CASES, Case, inputs
 from pallas_kernels.scaled_matmul.quantized import GROUP, LARGEST, SMALLEST_SCALE
@@ -129,6 +129,21 @@ def test_fp8_costs_a_few_percent():
     exact = in_float64(with_gradients(lambda x, w: x @ w), (x, w), dy)
     for found, wanted in zip(jax.tree.leaves(jit_for_values(with_gradients(fp8_matmul))((x, w), dy)), jax.tree.leaves(exact), strict=True):
         assert rms(found - wanted) < 0.05 * rms(wanted)
+
+
+def test_rows_that_are_in_fp8_already():
+    """The same product and gradients, also where their layer left the columns, and a carrier that is not read."""
+    x, w = inputs(TEST_CASES["all_odd"], jnp.float32)
+    x, dy = x.reshape(3, -1, x.shape[1])[:, :5], random_like(jax.ShapeDtypeStruct((3, 5, w.shape[1]), jnp.float32))
+    expected = with_gradients(fp8_matmul)((x, w), dy)
+    assert_same_bits(with_gradients(lambda x, w: fp8_matmul(quantize_rows(x), w))((x, w), dy), expected)
+    columns = quantize(x.reshape(-1, x.shape[-1]), transpose=True)
+    emitted = lambda x: quantize_rows(x)._replace(plain=None, columns=columns, carrier=x - jax.lax.stop_gradient(x))
+    assert_same_bits(with_gradients(lambda x, w: fp8_matmul(emitted(x), w))((x, w), dy), expected)
+    alone = quantize_rows(x)._replace(plain=None, carrier=None)
+    assert_same_bits(fp8_matmul(alone, w, out_dtype=jnp.float32), expected[0])
+    with pytest.raises(ValueError, match="neither plain rows nor columns has no gradient"):
+        jax.grad(lambda w: fp8_matmul(alone, w, out_dtype=jnp.float32).sum())(w)
 
 
 def test_leading_axes_and_out_dtype():

@@ -21,12 +21,12 @@ WIDTHS = (100, 1)
 CACHE = 256
 
 
-def make(config, *, stacked=True, aligned=True, dtype="float32", fp8=False) -> Programs:
+def make(config, *, stacked=True, **how) -> Programs:
     """Return the programs of a random model whose balancing biases are not zero."""
-    model = Ring(config, Numerics(aligned=aligned, dtype=dtype, fp8=fp8), rngs=nnx.Rngs(0), stacked=stacked)
+    model = Ring(config, Numerics(**how), rngs=nnx.Rngs(0), stacked=stacked)
     graph, params, balance, tables = scoring.split(model)
     balance = jax.tree.map(lambda b: b + 0.1 * jnp.sin(jnp.arange(b.size, dtype=jnp.float32)).reshape(b.shape), balance)
-    return Programs(scoring.merge(graph, params, balance, tables, dtype))
+    return Programs(scoring.merge(graph, params, balance, tables, model.numerics.dtype))
 
 
 @pytest.fixture(scope="module")
@@ -109,6 +109,8 @@ def test_fp8_products_of_a_layer_cost_a_few_percent(documents, num_dense_layers)
     tokens, positions = pad(documents, 256)
     models = (make(config, aligned=False, dtype="bfloat16", fp8=fp8) for fp8 in (False, True))
     exact, found = (model.hidden(tokens, positions)[positions >= 0].astype(np.float64) for model in models)
+    for_inference = make(config, aligned=False, dtype="bfloat16", fp8=True, gradients=False)
+    np.testing.assert_array_equal(for_inference.hidden(tokens, positions)[positions >= 0], found)
     error = np.median(np.linalg.norm(found - exact, axis=-1) / np.linalg.norm(exact, axis=-1))
     assert 0.01 < error < 0.15, error
 
