@@ -52,6 +52,8 @@ class MoE(nnx.Module):
         experts, weights, stats = self.route(plain, valid)
         experts, weights = (y.reshape(-1, y.shape[-1]) for y in (experts, weights))
         rows = x.flat if isinstance(x, QuantizedRows) else x.reshape(-1, x.shape[-1])
+        if isinstance(rows, QuantizedRows) and not self.numerics.gradients:
+            rows = rows._replace(plain=None, carrier=None)  # the experts' rows are in FP8 alone, wherever they go
         y = name(self.weighted_experts(rows, experts, weights).reshape(plain.shape), "experts")
         return (y + name(self.shared(x), "shared") if self.config.num_shared_experts else y), stats
 
@@ -92,8 +94,8 @@ class MoE(nnx.Module):
         source = jnp.full(num_shards * capacity, capacity, jnp.int32).at[row].set(order.astype(jnp.int32), mode="drop")
         exchange = lambda x: lax.all_to_all(x, "expert", split_axis=0, concat_axis=0, tiled=True)
         token = jnp.where(source < capacity, source // num_slots, num)
-        plain = rows.plain if isinstance(rows, QuantizedRows) else rows
-        received = exchange(take_rows(plain, token, destination.reshape(num, num_slots)))
+        send = lambda x: exchange(take_rows(x, token, destination.reshape(num, num_slots)))
+        received = rows.moved(send) if isinstance(rows, QuantizedRows) else send(rows)
         wanted = exchange(jnp.take(flat % per_shard, source, mode="fill", fill_value=per_shard))
         out = exchange(scatter_groups(*self._outputs(received, wanted[:, None])))
         returned = Groups(source, destination, tiles=jnp.zeros(0, jnp.int32))  # in no tiles: they are only added up

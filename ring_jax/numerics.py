@@ -98,7 +98,7 @@ class Numerics:
 def name(x: Any, label: str) -> Any:
     """Return x, named for remat policies and for the alignment report, which compares named values of two programs.
 
-    Of rows in FP8 the values are named: there may be no others.
+    Of rows in FP8 the values are named, which all programs have: a difference of scales is seen in what follows.
     """
     return x._replace(values=checkpoint_name(x.values, label)) if isinstance(x, QuantizedRows) else checkpoint_name(x, label)
 

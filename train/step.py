@@ -1,5 +1,6 @@
 """One optimiser step: loss and gradients on the mesh, the update, the balancing of the routers, and what to do with a NaN."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -92,8 +93,11 @@ def make_program(
         options = {"z_loss": optimizer_config.z_loss, "mtp_weight": optimizer_config.mtp_weight}
         return scoring.loss_and_gradients(graph, how, params, biases, tables, batch, **options)
 
+    without_gradients = dataclasses.replace(how, gradients=False)
+    scorer, *_ = scoring.split(nnx.eval_shape(lambda: Ring(config, without_gradients, rngs=nnx.Rngs(seed))))
+
     def evaluate(params, biases, tables, batch):
-        logprobs, _ = scoring.next_token_logprobs(scoring.merge(graph, params, biases, tables, how.dtype), batch)
+        logprobs, _ = scoring.next_token_logprobs(scoring.merge(scorer, params, biases, tables, how.dtype), batch)
         return sharding.sum_over_batch((-logprobs.sum(), scoring.scored(batch).sum().astype(jnp.float32)))
 
     gradients = sharding.on_mesh(gradients, mesh, (*weights, batch_axes), (P(), P(), specs.params))

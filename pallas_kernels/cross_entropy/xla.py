@@ -74,17 +74,19 @@ def _log_sum_exp(statistics) -> jax.Array:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _logprobs(hidden, w, targets, row_tile):
-    return map_row_tiles(lambda hidden, targets: _tile_logprobs(hidden, w, targets), hidden, targets, row_tile=row_tile)
+def _logprobs(hidden, w, targets, aligned):
+    how = {"row_tile": _tile_size(hidden.shape[0], aligned), "aligned": aligned}
+    return map_row_tiles(lambda hidden, targets: _tile_logprobs(hidden, w, targets), hidden, targets, **how)
 
 
-def _forward(hidden, w, targets, row_tile):
-    result: Any = _logprobs(hidden, w, targets, row_tile)
+def _forward(hidden, w, targets, aligned):
+    result: Any = _logprobs(hidden, w, targets, aligned)
     logprobs, total = result
     return (logprobs, total), (hidden, w, targets, total)
 
 
-def _backward(row_tile, residuals, gradients):
+def _backward(aligned, residuals, gradients):
+    del aligned  # gradients promise no bits
     hidden, w, targets, total = residuals
     row_tile = min(FAST_TILE, hidden.shape[0])
 
@@ -114,7 +116,7 @@ _logprobs.defvjp(_forward, _backward)
 
 def token_logprobs(hidden, w, targets, *, aligned):
     """See `api.token_logprobs`."""
-    return _logprobs(hidden, w, targets, _tile_size(hidden.shape[0], aligned))
+    return _logprobs(hidden, w, targets, aligned)
 
 
 def head_logits(hidden, w, *, aligned):
@@ -133,4 +135,4 @@ def head_logits(hidden, w, *, aligned):
         statistics, out = _over_pieces(vocab, piece, start)
         return out, _log_sum_exp(statistics)
 
-    return map_row_tiles(rows, hidden, row_tile=_tile_size(hidden.shape[0], aligned))
+    return map_row_tiles(rows, hidden, row_tile=_tile_size(hidden.shape[0], aligned), aligned=aligned)

@@ -175,22 +175,23 @@ def written(outs: Any) -> Any:
     return jax.tree.map(lambda x: x._replace(carrier=None) if is_rows(x) else x, outs, is_leaf=is_rows)
 
 
-def in_fp8(layers: list[Case], dtype: DTypeLike, implementation: str | None) -> Callable:
-    """Return a program of the values of layers for products in FP8, without gradients: fused, or their equations, then quantisation.
-
-    The rows of the last norm are plain, too: a router reads them.
-    """
+def emissions(layers: list[Case]) -> list[tuple[Case, dict[str, Any]]]:
+    """Return what layers emit for products in FP8, without gradients: the rows of the last norm plain, too, since a router reads them."""
     last = max((i for i, case in enumerate(layers) if case.op == "residual_rms_norm"), default=-1)
+    emit = lambda i: ("plain", "rows") if i == last else ("rows",)
+    return [(case, {"emit": emit(i)} if case.op in FEEDING else {}) for i, case in enumerate(layers)]
 
-    def values(i: int, case: Case, given: Any) -> Any:
-        emit = ("plain", "rows") if i == last else ("rows",)
+
+def in_fp8(layers: list[Case], dtype: DTypeLike, implementation: str | None) -> Callable:
+    """Return a program of the values of layers for products in FP8, without gradients: fused, or their equations, then quantisation."""
+
+    def values(case: Case, how: dict[str, Any], given: Any) -> Any:
         if implementation:
-            how = {"emit": emit} if case.op in FEEDING else {}
             return written(case.function(dtype, **how, implementation=implementation)(*given))
         outs = jax.tree.leaves(equations_of(case, dtype)(*given))
-        return [*outs[: len(outs) - (i != last)], quantize(outs[-1])] if case.op in FEEDING else outs
+        return [*outs[: len(outs) - ("plain" not in how["emit"])], quantize(outs[-1])] if how else outs
 
-    return lambda arguments: [values(i, case, given) for i, (case, given) in enumerate(zip(layers, arguments, strict=True))]
+    return lambda arguments: [values(*layer, given) for layer, given in zip(emissions(layers), arguments, strict=True)]
 
 
 def program(case: Case, dtype: DTypeLike, backward: bool, **kwargs) -> tuple[Callable, tuple[Any, ...]]:
@@ -261,7 +262,7 @@ def compile_cases() -> Iterator[CompileCase]:
                     quick=(model, num) == ("mini", 64),
                 )
     for name in ("residual_rms_norm", "gated_group_norm", "swiglu", "swiglu expert"):
-        for emit in (("rows",), ("rows", "columns") if name.startswith("swiglu") else ("plain", "rows")):
+        for emit in (("rows",), ("rows", "columns")) if name.startswith("swiglu") else (("plain", "rows"),):
             case = model_cases("mini", 8192)[name]
             yield CompileCase(
                 kernel=f"fused_layers.{case.op}.fp8",
@@ -271,8 +272,8 @@ def compile_cases() -> Iterator[CompileCase]:
                 arguments=tuple(case.structs(jnp.bfloat16)),
                 bytes=moved_bytes(case, jnp.bfloat16, False, emit=emit),
                 flops=0,
-                floor_ratio=1.9 if "columns" in emit else 1.2,
-                quick=(name, emit) == ("gated_group_norm", ("rows",)),
+                floor_ratio=1.9 if "columns" in emit else 1.05,
+                quick=name == "gated_group_norm",
             )
     for model, mixer in (("mini", "linear"), ("flash", "softmax")):
         layers = between_products(model, 8192, mixer)
@@ -282,7 +283,7 @@ def compile_cases() -> Iterator[CompileCase]:
             targets=("h200",),
             program=in_fp8(layers, jnp.bfloat16, "pallas_gpu"),
             arguments=([tuple(case.structs(jnp.bfloat16)) for case in layers],),
-            bytes=sum(moved_bytes(case, jnp.bfloat16, False, **({"emit": ("rows",)} if case.op in FEEDING else {})) for case in layers),
+            bytes=sum(moved_bytes(case, jnp.bfloat16, False, **how) for case, how in emissions(layers)),
             flops=0,
             unfused=in_fp8(layers, jnp.bfloat16, None),
             fewer_bytes=0.8,

@@ -39,7 +39,9 @@ def _differentiable(forward: Callable) -> Callable:
     @functools.wraps(forward)
     def checked(*args):
         if args[-1] == ("rows",):
-            raise ValueError("a layer that emits its rows in FP8 alone has no gradient: let it emit plain rows or columns, too")
+            raise ValueError(
+                "a layer that emits its rows in FP8 alone has no gradient: let it emit plain rows or columns, too (Numerics.gradients)"
+            )
         return forward(*args)
 
     return checked

@@ -184,9 +184,12 @@ def run(call: Pass) -> tuple[list[tuple[jax.Array, ...]], list[jax.Array]]:
     parts = _parts(call, choice.entries)
     if any((out.by_rows or out.by_columns) and pieces(out, parts).width % GROUP for out in call.outs):
         return quantised_after(run, call)
-    if any(out.by_columns for out in call.outs):
-        if call.parts:  # a norm wants all of a row, which 128 rows have no room for
-            return quantised_after(run, call, by_rows=False)
+    by_columns = any(out.by_columns for out in call.outs)
+    if call.parts and (by_columns or any(out.by_rows and not out.plain for out in call.outs)):
+        # A norm wants all of a row, which 128 rows have no room for. And how a sum is taken could depend on what is stored: whatever is
+        # wanted in FP8, its rows come from one program.
+        return quantised_after(run, call, by_rows=False)
+    if by_columns:
         choice, parts = tiles.of(tiles.FUSED_LAYERS_GPU_COLUMNS), _parts(call, GROUP)
     arrays, num_rows = [x for operand in call.rows for x in operand.arrays], call.rows[0].arrays[0].shape[0]
     places = [pieces(x, parts) for x in (*call.rows, *call.outs)]
@@ -198,6 +201,7 @@ def run(call: Pass) -> tuple[list[tuple[jax.Array, ...]], list[jax.Array]]:
     num = min(common & -common, max(1, choice.entries // widest), choice.parts)
     height = max(1, choice.entries // (widest * num))
     turns = max(1, choice.rows // height) if call.sums else 1
+    assert not by_columns or (height, widest, num, turns) == (GROUP, GROUP, 1, 1)
     num_blocks = pl.cdiv(num_rows, height * turns)
 
     def of_rows(shape: tuple[int, ...], layout: str = "rows") -> pl.BlockSpec:

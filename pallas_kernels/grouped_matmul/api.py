@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 
 from pallas_kernels import dispatch
 from pallas_kernels import tiles as tables
@@ -28,7 +28,6 @@ __all__ = [
     "group_rows",
     "grouped_matmul",
     "grouped_mlp",
-    "row_moves",
     "row_tile_for",
     "scatter_groups",
     "take_rows",
@@ -90,12 +89,12 @@ def _stable_order(group: Int[Array, " M"], most: int) -> Int[Array, " M"]:
     return (jnp.sort(placed, stable=False) % num).astype(jnp.int32)
 
 
-def gather_groups(x: Float[Array, "N D"], groups: Groups, num_slots: int) -> Float[Array, "rows D"]:
+def gather_groups(x: Shaped[Array, "N D"], groups: Groups, num_slots: int) -> Shaped[Array, "rows D"]:
     """Return the rows of x in their groups' tiles; assignment n * num_slots + a is slot a of row n. Padding rows are zero."""
-    return xla.take_rows(x, *row_moves(x.shape[0], groups, num_slots))
+    return xla.take_rows(x, *_moves(x.shape[0], groups, num_slots))
 
 
-def row_moves(num: int, groups: Groups, num_slots: int) -> tuple[Int[Array, " rows"], Int[Array, "N A"]]:
+def _moves(num: int, groups: Groups, num_slots: int) -> tuple[Int[Array, " rows"], Int[Array, "N A"]]:
     """The token of each row, `num` for padding, and each token's rows."""
     token = jnp.where(groups.source < num * num_slots, groups.source // num_slots, num)
     return token, groups.destination.reshape(num, num_slots)
@@ -121,12 +120,12 @@ def gather_grouped_matmul(
     x: Float[Array, "N D"], w: Float[Array, "E D F"], groups: Groups, num_slots: int, *, row_tile: int, implementation: str = "auto"
 ) -> Float[Array, "rows F"]:
     """Return `grouped_matmul(gather_groups(x, groups, num_slots), w, groups.tiles)`; on a GPU without writing the gathered rows."""
-    moves = row_moves(x.shape[0], groups, num_slots)
+    moves = _moves(x.shape[0], groups, num_slots)
     return dispatch.call("grouped_matmul", IMPLEMENTATIONS, implementation, x, w, groups.tiles, moves, row_tile=row_tile)
 
 
 def _in_one_loop(x, w_in, w_out, groups, num_slots, between, **how):
-    return xla.grouped_mlp(x, w_in, w_out, groups, row_moves(x.shape[0], groups, num_slots), between, **how)
+    return xla.grouped_mlp(x, w_in, w_out, groups, _moves(x.shape[0], groups, num_slots), between, **how)
 
 
 def _chained(x, w_in, w_out, groups, num_slots, between, *, row_tile, aligned, implementation):

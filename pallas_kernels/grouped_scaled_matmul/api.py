@@ -9,10 +9,10 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import dispatch
-from pallas_kernels.grouped_matmul import Groups, gather_groups, row_moves
+from pallas_kernels.grouped_matmul import Groups, gather_groups
 from pallas_kernels.grouped_scaled_matmul import pallas_gpu, pallas_tpu, xla
 from pallas_kernels.scaled_matmul import Quantized, QuantizedRows, quantize, quantize_rows
-from pallas_kernels.scaled_matmul.quantized import GROUP, SMALLEST_SCALE, columns_of
+from pallas_kernels.scaled_matmul.quantized import GROUP, columns_of, result_dtype
 
 IMPLEMENTATIONS = {"xla": xla.product, "pallas_tpu": pallas_tpu.product, "pallas_gpu": pallas_gpu.product}
 GRADIENT_IMPLEMENTATIONS = {"xla": xla.weight_gradient, "pallas_tpu": pallas_tpu.weight_gradient, "pallas_gpu": pallas_gpu.weight_gradient}
@@ -26,16 +26,9 @@ def quantize_groups(w: Float[Array, "E K N"], *, power_of_two: bool = False) -> 
 def gather_quantized(x: QuantizedRows, groups: Groups, num_slots: int) -> QuantizedRows:
     """Return tokens [N, K] in their groups' tiles, as `gather_groups` does: a token is quantised once, not once for each of its slots.
 
-    Raises ValueError for tokens that have a gradient but are not plain (too): their columns are those of other rows.
+    Raises ValueError for tokens that have a gradient but are not plain (too).
     """
-    if x.plain is None and x.carrier is not None:
-        raise ValueError("tokens in FP8 whose layer emitted no plain rows cannot be gathered where there is a gradient")
-    token, _ = row_moves(x.values.shape[0], groups, num_slots)
-    take = functools.partial(jnp.take, indices=token, mode="fill")
-    plain = None if x.carrier is None else gather_groups(x.carrier, groups, num_slots)
-    values, scales = lax.stop_gradient((x.values, x.scales))
-    values, scales = take(values, axis=0, fill_value=0), take(scales, axis=1, fill_value=SMALLEST_SCALE)
-    return QuantizedRows(plain, values, scales, None, plain)
+    return x.moved(lambda rows: gather_groups(rows, groups, num_slots))
 
 
 def grouped_scaled_matmul(
@@ -90,7 +83,7 @@ def fp8_grouped_matmul(
     `gather_quantized` leave them. x may be in FP8 already, as for `fp8_matmul`.
     """
     rows = quantize_rows(x, power_of_two=power_of_two)
-    dtype = jnp.dtype(rows.carrier.dtype if out_dtype is None else out_dtype)
+    dtype = result_dtype(rows, out_dtype)
     operands = rows.carrier, *lax.stop_gradient((rows.quantized, rows.columns)), w, tiles
     y: jax.Array = _fp8(*operands, row_tile, dtype, power_of_two, implementation)  # pyright: ignore
     return y

@@ -12,17 +12,18 @@ from pallas_kernels.compat import dot_general, dot_operand, pin, unwritten
 from pallas_kernels.matmul import tile
 
 
-def map_row_tiles(f: Callable, *rows: jax.Array, row_tile: int = tile.ROW_TILE) -> Any:
+def map_row_tiles(f: Callable, *rows: jax.Array, row_tile: int = tile.ROW_TILE, aligned: bool = True) -> Any:
     """Return f of each tile of R = `row_tile` rows: f maps arrays [R, ...] to a tree of arrays [R, ...]; inputs are [N, ...].
 
-    R rows or fewer are padded with zeros to R + 1. Else the last tile is moved to fit: rows that it shares with the one before get the
-    same bits again. A tile's bits must not depend on the number of tiles, so a single turn has to stay a loop, which would else be fused
-    with what stands around it: the number of turns is hidden from the compiler, and since a tile is never all rows, its turn reads it at
-    an index and cannot be moved in front of the loop. Not differentiable: ops define their own gradients.
+    Fewer than R rows are padded with zeros, aligned to R + 1 where they are R or fewer. Else the last tile is moved to fit: rows that it
+    shares with the one before get the same bits again. Aligned, a tile's bits must not depend on the number of tiles, so a single turn has
+    to stay a loop, which would else be fused with what stands around it: the number of turns is hidden from the compiler, and since a tile
+    is never all rows, its turn reads it at an index and cannot be moved in front of the loop. Not differentiable: ops define their own
+    gradients.
     """
     num_rows = rows[0].shape[0]
     num_tiles = -(-num_rows // row_tile)
-    padding = max(row_tile + 1 - num_rows, 0)
+    padding = max(row_tile + aligned - num_rows, 0)
     rows = tuple(jnp.pad(x, ((0, padding),) + ((0, 0),) * (x.ndim - 1)) for x in rows)
 
     def turn(index, out):

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float
 
 from pallas_kernels import dispatch
 from pallas_kernels.scaled_matmul import pallas_gpu, pallas_tpu, xla
-from pallas_kernels.scaled_matmul.quantized import GROUP, Quantized, QuantizedRows, columns_of, quantize, quantize_rows
+from pallas_kernels.scaled_matmul.quantized import GROUP, Quantized, QuantizedRows, columns_of, quantize, quantize_rows, result_dtype
 
 
 def _jax_triton(*args, **kwargs):
@@ -64,11 +64,11 @@ def fp8_matmul(
     dw = x^T dy with both quantised along the rows. The forward keeps x and w in FP8 only. Other arguments as in `scaled_matmul`,
     which also promises the rows' bits; gradients promise none.
 
-    x may be in FP8 already, as layers of `fused_layers` emit it; without a carrier there is no default for `out_dtype`, and a gradient
-    raises ValueError.
+    x may be in FP8 already, as layers of `fused_layers` emit it, with scales that are no powers of two; without a carrier there is no
+    default for `out_dtype`, and no gradient: both raise ValueError.
     """
     rows = quantize_rows(x, power_of_two=power_of_two)
-    dtype = jnp.dtype(rows.carrier.dtype if out_dtype is None else out_dtype)
+    dtype = result_dtype(rows, out_dtype)
     operands = rows.flat.carrier, *lax.stop_gradient((rows.quantized, rows.columns)), w
     y: jax.Array = _fp8_matmul(*operands, dtype, power_of_two, aligned, implementation)  # pyright: ignore
     return y.reshape(*rows.values.shape[:-1], w.shape[1])

@@ -15,11 +15,13 @@ A group is 128 entries along K, the axis that a product contracts, of one row; o
   those sums are NaN that an entry enters: a run that diverges shows it, where saturation would hide it.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 GROUP = 128
@@ -73,6 +75,18 @@ class QuantizedRows(NamedTuple):
         shaped = lambda x: None if x is None else x.reshape(*lead, x.shape[-1])
         return self._replace(plain=shaped(self.plain), values=shaped(self.values), carrier=shaped(self.carrier))
 
+    def moved(self, move: Callable[[jax.Array], jax.Array]) -> "QuantizedRows":
+        """Return flat rows after a move of rows, [N, columns] -> [M, columns], whose new rows are zero.
+
+        Raises ValueError for rows that have a gradient but are not plain (too): their columns are those of other rows.
+        """
+        if self.plain is None and self.carrier is not None:
+            raise ValueError("rows in FP8 whose layer emitted no plain ones cannot be moved where there is a gradient")
+        values, scales = lax.stop_gradient((self.values, self.scales))
+        values = lax.bitcast_convert_type(move(lax.bitcast_convert_type(values, jnp.uint8)), values.dtype)
+        carrier = None if self.carrier is None else move(self.carrier)
+        return QuantizedRows(carrier, values, jnp.maximum(move(scales.T).T, SMALLEST_SCALE), None, carrier)
+
 
 def group_scales(largest: jax.Array, power_of_two: bool) -> jax.Array:
     """Return the scales of groups whose largest finite magnitudes are given, fp32."""
@@ -114,8 +128,13 @@ def quantize(x: Float[Array, "R K"], *, block: bool = False, transpose: bool = F
 
 
 def quantize_rows(x: Float[Array, "*rows K"] | QuantizedRows, *, power_of_two: bool = False) -> QuantizedRows:
-    """Return activations with their FP8 values and scales, which those that have them keep."""
+    """Return activations with their FP8 values and scales, which those that have them keep.
+
+    Raises ValueError for such with power_of_two: layers emit other scales.
+    """
     if isinstance(x, QuantizedRows):
+        if power_of_two:
+            raise ValueError("rows that are in FP8 already have scales that are no powers of two")
         return x
     rows = quantize(lax.stop_gradient(x).reshape(-1, x.shape[-1]), power_of_two=power_of_two)
     return QuantizedRows(x, rows.values.reshape(x.shape), rows.scales, None, x)
@@ -129,3 +148,10 @@ def columns_of(carrier: Float[Array, "N K"] | None, columns: Quantized | None, p
     if carrier is None:
         raise ValueError("a product of rows in FP8 whose layer emitted neither plain rows nor columns has no gradient")
     return columns or quantize(carrier, transpose=True, power_of_two=power_of_two)
+
+
+def result_dtype(rows: QuantizedRows, out_dtype: DTypeLike | None) -> Any:
+    """Return the dtype of a product of rows: by default theirs. Raises ValueError if they have none but FP8."""
+    if out_dtype is None and rows.carrier is None:
+        raise ValueError("a product of rows in FP8 alone needs an out_dtype")
+    return jnp.dtype(rows.carrier.dtype if out_dtype is None else out_dtype)

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pallas_kernels import compat, fused_layers
+from pallas_kernels import compat, fused_layers, tiles
 from pallas_kernels.fused_layers import cases, layers, reference
 from pallas_kernels.fused_layers.api import IMPLEMENTATIONS
 from pallas_kernels.fused_layers.cases import REFUSED, TEST_CASES
@@ -133,7 +133,8 @@ EMITTING = {
     "norm_narrow": cases.residual_rms_norm(5, 48),
     "first_norm": cases.residual_rms_norm(5, 256, first=True),
     "gated": cases.gated_group_norm(19, 256, 2),
-    "swiglu": cases.swiglu(21, 256, weighted=True),
+    "swiglu": cases.swiglu(300, 384),
+    "swiglu_weighted": cases.swiglu(128, 256, weighted=True),
 }
 
 
@@ -155,6 +156,8 @@ def test_rows_in_fp8_are_the_plain_ones_quantised(name, implementation, request)
     assert not np.isfinite(np.asarray(plain[3], np.float32)).all()
     wanted = jax.jit(lambda x: (quantize(x), quantize(x, transpose=True)))(plain)
     for emit, rows in found.items():
+        for one, other in zip(rows.quantized, found["rows",].quantized, strict=True):
+            assert_equal(one, other)  # training and inference want other forms
         assert (rows.plain is not None, rows.columns is not None) == ("plain" in emit, "columns" in emit)
         assert (rows.carrier is None) == (emit == ("rows",))
         if rows.carrier is not None:
@@ -185,6 +188,19 @@ def assert_close_to(quantised, plain):
     assert (np.abs(numbers - exact) <= np.maximum(2.0**-3 * np.abs(exact), 2.0**-9 * scales))[good].all()
 
 
+@pytest.mark.parametrize("name", ["norm", "gated", "swiglu"])
+def test_rows_in_fp8_of_a_gpus_own_tiles(name, monkeypatch):
+    """Several rows, and parts, of a program."""
+    for table in ("FUSED_LAYERS_GPU", "FUSED_LAYERS_GPU_COLUMNS"):
+        monkeypatch.setattr(tiles, table, {"cpu": getattr(tiles, table)["h200"]})
+    case = {"norm": cases.residual_rms_norm(5, 512), "gated": cases.gated_group_norm(9, 512, 4), "swiglu": cases.swiglu(5, 512)}[name]
+    arguments = case.inputs(jnp.bfloat16)
+    layer = functools.partial(case.function, jnp.bfloat16, implementation="pallas_gpu")
+    plain, rows = (rows_of(jax.jit(layer(emit=emit))(*arguments)) for emit in (("plain",), ("rows",)))
+    for actual, expected in zip(rows.quantized, jax.jit(quantize)(plain), strict=True):
+        assert_equal(actual, expected)
+
+
 @pytest.mark.parametrize("name", EMITTING)
 def test_gradients_flow_through_the_carrier(name):
     """Which plain rows are, too, if they are emitted; rows in FP8 alone have none."""
@@ -213,6 +229,9 @@ def test_what_stands_between_the_products_of_a_layer(name, mixer):
     shapes = lambda program: jax.tree.map(lambda x: (x.shape, x.dtype), jax.eval_shape(program, *arguments))
     assert len(layers) == (7 if mixer == "linear" else 6)
     assert shapes(fused) == shapes(plain)
+    emitted, quantised = (cases.in_fp8(list(layers), jnp.bfloat16, how) for how in ("xla", None))
+    flat = lambda program: [(x.shape, x.dtype) for x in jax.tree.leaves(jax.eval_shape(program, arguments[0]))]
+    assert sorted(map(str, flat(emitted))) == sorted(map(str, flat(quantised)))
 
 
 @pytest.mark.parametrize("kind", ["v5e", "v5p", "v6e", "h200"])

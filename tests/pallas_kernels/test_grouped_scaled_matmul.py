@@ -85,7 +85,7 @@ def test_tokens_are_quantised_once():
     )
     expected, actual = (jit_for_values(with_gradients(way))((x, w), dy) for way in ways)
     assert_same_bits(actual, expected)
-    with pytest.raises(ValueError, match="emitted no plain rows cannot be gathered"):
+    with pytest.raises(ValueError, match="emitted no plain ones cannot be moved"):
         gather_quantized(quantize_rows(x)._replace(plain=None), groups, case.A)
 
 
