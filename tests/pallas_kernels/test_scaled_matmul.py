@@ -135,13 +135,18 @@ def test_rows_that_are_in_fp8_already():
     """The same product and gradients, also where their layer left the columns, and a carrier that is not read."""
     x, w = inputs(TEST_CASES["all_odd"], jnp.float32)
     x, dy = x.reshape(3, -1, x.shape[1])[:, :5], random_like(jax.ShapeDtypeStruct((3, 5, w.shape[1]), jnp.float32))
-    expected = with_gradients(fp8_matmul)((x, w), dy)
-    assert_same_bits(with_gradients(lambda x, w: fp8_matmul(quantize_rows(x), w))((x, w), dy), expected)
+    run = lambda f: jit_for_values(with_gradients(f))((x, w), dy)
+    expected = run(fp8_matmul)
+    assert_same_bits(run(lambda x, w: fp8_matmul(quantize_rows(x), w)), expected)
     columns = quantize(x.reshape(-1, x.shape[-1]), transpose=True)
     emitted = lambda x: quantize_rows(x)._replace(plain=None, columns=columns, carrier=x - jax.lax.stop_gradient(x))
-    assert_same_bits(with_gradients(lambda x, w: fp8_matmul(emitted(x), w))((x, w), dy), expected)
+    assert_same_bits(run(lambda x, w: fp8_matmul(emitted(x), w)), expected)
     alone = quantize_rows(x)._replace(plain=None, carrier=None)
-    assert_same_bits(fp8_matmul(alone, w, out_dtype=jnp.float32), expected[0])
+    assert_same_bits(jit_for_values(functools.partial(fp8_matmul, out_dtype=jnp.float32))(alone, w), expected[0])
+    with pytest.raises(ValueError, match="needs an out_dtype"):
+        fp8_matmul(alone, w)
+    with pytest.raises(ValueError, match="no powers of two"):
+        fp8_matmul(alone, w, power_of_two=True)
     with pytest.raises(ValueError, match="neither plain rows nor columns has no gradient"):
         jax.grad(lambda w: fp8_matmul(alone, w, out_dtype=jnp.float32).sum())(w)
 
