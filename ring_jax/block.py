@@ -1,11 +1,14 @@
 """One layer: a mixer and an FFN, each behind a norm, on the residual stream."""
 
+from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from ring_jax import sharding
 from ring_jax.attention import SoftmaxAttention
 from ring_jax.cache import Placement
 from ring_jax.config import ModelConfig
@@ -32,3 +35,12 @@ class Block(nnx.Module):
         x, y = name(x, "residual"), name(y, "ffn_norm")
         y, stats = self.ffn(y, place.wanted(place.valid)) if isinstance(self.ffn, MoE) else (self.ffn(y), None)
         return name(x + name(y, "ffn").astype(jnp.float32), "block"), cache, stats
+
+
+def remat(layer: Callable, policy: str) -> Callable:
+    """Return the layer with the rematerialisation asked for. Weights gathered from other devices are never kept for the gradient."""
+    if policy == "full":
+        return jax.checkpoint(layer)
+    if policy == "mixers":
+        return jax.checkpoint(layer, policy=jax.checkpoint_policies.save_only_these_names("mixer", "mixer_out", "experts"))
+    return jax.checkpoint(layer, policy=sharding.all_but_weights) if sharding.manual_axes() else layer

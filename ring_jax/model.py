@@ -1,5 +1,6 @@
 """Ring: the layer pattern, its scan, and the one forward pass of training, prefill and decode."""
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -10,7 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from ring_jax import cache as caches
 from ring_jax import sharding
-from ring_jax.block import Block
+from ring_jax.block import Block, remat
 from ring_jax.cache import Cache, Placement
 from ring_jax.config import ModelConfig
 from ring_jax.layers import RMSNorm, Rotary, weight
@@ -72,12 +73,17 @@ def _stack(config: ModelConfig, numerics: Numerics, run: Run, rngs: nnx.Rngs) ->
     return nnx.merge(graph, jax.vmap(jax.vmap(create))(keys))
 
 
-def _loop(body: Any, x: Any, per_layer: Any, length: int, unroll: int) -> tuple[Any, Any]:
-    """`lax.scan` over a leading axis; a single turn is inlined."""
+def _loop(body: Any, x: Any, per_layer: Any, length: int, unroll: int = 1, remat: Any = lambda turn: turn) -> tuple[Any, Any]:
+    """`lax.scan` over a leading axis of turns, rematerialised as asked for; a single one is inlined."""
     if length > 1:
-        return lax.scan(body, x, per_layer, unroll=min(unroll, length))
-    x, out = body(x, jax.tree.map(lambda a: a[0], per_layer))
-    return x, jax.tree.map(lambda a: a[None], out)
+        return lax.scan(remat(body), x, per_layer, unroll=min(unroll, length))
+
+    def turn(x, per_layer):
+        x, out = body(x, jax.tree.map(lambda a: lax.squeeze(a, [0]), per_layer))
+        return x, jax.tree.map(lambda a: a[None], out)
+
+    # The only layer is taken of its stack inside: the stack, which lives anyway, stays for the gradient, and no copy of the layer.
+    return remat(turn)(x, per_layer)
 
 
 class RingOutput(NamedTuple):
@@ -153,7 +159,7 @@ class Ring(nnx.Module):
     def _segment(self, segment: nnx.List, runs: tuple[Run, ...], x: jax.Array, place: Placement, cache: Any) -> tuple[Any, Any]:
         """The residual stream after all groups of a segment, with the caches and router statistics of each of its runs."""
         graphs, states = zip(*(nnx.split(block) for block in segment), strict=True)
-        unroll = self.numerics.unroll
+        unroll, rematerialised = self.numerics.unroll, functools.partial(remat, policy=self.numerics.remat)
 
         def group(x, per_group):
             states, group_caches = per_group
@@ -165,12 +171,12 @@ class Ring(nnx.Module):
                     x, layer_cache, stats = nnx.merge(graph, sharding.gather(state))(x, place, layer_cache)
                     return x, (layer_cache, stats)
 
-                x, (run_cache, run_stats) = _loop(_remat(layer, self.numerics.remat), x, (state, run_cache), len(run.layers[0]), unroll)
+                x, (run_cache, run_stats) = _loop(layer, x, (state, run_cache), len(run.layers[0]), unroll, rematerialised)
                 caches.append(run_cache)
                 stats.append(run_stats)
             return x, (tuple(caches), tuple(stats))
 
-        return _loop(group, x, (states, cache or (None,) * len(runs)), len(runs[0].layers), 1)
+        return _loop(group, x, (states, cache or (None,) * len(runs)), len(runs[0].layers))
 
     def embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         """Return the tokens' embeddings, fp32."""
@@ -193,16 +199,3 @@ class Ring(nnx.Module):
 
         layers = tuple(tuple(run_cache(run) for run in segment) for segment in self.pattern)
         return Cache(layers, jnp.zeros(batch, jnp.int32))
-
-
-def _remat(layer: Any, policy: str) -> Any:
-    """The layer with the rematerialisation asked for. Weights gathered from other devices are never kept for the gradient."""
-    if policy == "full":
-        return jax.checkpoint(layer)
-    if policy == "mixers":
-        keep = jax.checkpoint_policies.save_only_these_names("mixer", "mixer_out", "experts")
-        return jax.checkpoint(layer, policy=keep)
-    if sharding.manual_axes():
-        keep = jax.checkpoint_policies.save_anything_except_these_names("gathered")
-        return jax.checkpoint(layer, policy=keep)
-    return layer

@@ -5,7 +5,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from ring_jax import sharding
-from ring_jax.block import Block
+from ring_jax.block import Block, remat
 from ring_jax.cache import Placement
 from ring_jax.config import ModelConfig
 from ring_jax.layers import RMSNorm, weight
@@ -31,8 +31,12 @@ class MultiTokenPrediction(nnx.Module):
         hidden: after the final norm of the model (or of the layer before); next_embedding: of the token that follows each position.
         """
         graph, state = nnx.split(self)
-        layer = nnx.merge(graph, sharding.gather(state))
-        both = jnp.concatenate([layer.embedding_norm(next_embedding)[1], layer.hidden_norm(hidden)[1]], axis=-1)
-        x, _, stats = layer.block(self.numerics.matmul(both, layer.project[...]).astype(jnp.float32), place, None)
-        assert stats is not None
-        return layer.norm(x)[1], stats
+
+        def predict(state, hidden, next_embedding):
+            layer = nnx.merge(graph, sharding.gather(state))
+            both = jnp.concatenate([layer.embedding_norm(next_embedding)[1], layer.hidden_norm(hidden)[1]], axis=-1)
+            x, _, stats = layer.block(self.numerics.matmul(both, layer.project[...]).astype(jnp.float32), place, None)
+            assert stats is not None
+            return layer.norm(x)[1], stats
+
+        return remat(predict, self.numerics.remat)(state, hidden, next_embedding)

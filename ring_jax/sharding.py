@@ -17,7 +17,6 @@ from typing import Any
 import jax
 from flax import nnx
 from jax import lax
-from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -161,10 +160,15 @@ def gather(state: Any) -> Any:
         names = (None,) * (value.ndim - len(names)) + tuple(names)
         for dim, axes in enumerate(_variable_spec(variable, mesh)):
             if axes is not None and names[dim] != "experts":
-                value = checkpoint_name(lax.all_gather(value, axes, axis=dim, tiled=True), "gathered")
+                value = lax.all_gather(value, axes, axis=dim, tiled=True)
         return variable.replace(value)
 
     return jax.tree.map(leaf, state, is_leaf=_is_variable)
+
+
+def all_but_weights(primitive: Any, *_: Any, **params: Any) -> bool:
+    """The remat policy that keeps every value but gathered weights, and what is a part of a weight: they are made again of the weights."""
+    return primitive not in (lax.all_gather_p, lax.squeeze_p)
 
 
 def sum_gradients(gradients: Any) -> Any:

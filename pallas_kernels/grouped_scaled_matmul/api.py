@@ -12,15 +12,18 @@ from pallas_kernels import dispatch
 from pallas_kernels.grouped_matmul import Groups, gather_groups
 from pallas_kernels.grouped_scaled_matmul import pallas_gpu, pallas_tpu, xla
 from pallas_kernels.scaled_matmul import Quantized, QuantizedRows, quantize, quantize_rows
-from pallas_kernels.scaled_matmul.quantized import GROUP, columns_of, result_dtype
+from pallas_kernels.scaled_matmul.quantized import GROUP, as_bytes, as_values, columns_of, result_dtype
 
 IMPLEMENTATIONS = {"xla": xla.product, "pallas_tpu": pallas_tpu.product, "pallas_gpu": pallas_gpu.product}
 GRADIENT_IMPLEMENTATIONS = {"xla": xla.weight_gradient, "pallas_tpu": pallas_tpu.weight_gradient, "pallas_gpu": pallas_gpu.weight_gradient}
 
 
-def quantize_groups(w: Float[Array, "E K N"], *, power_of_two: bool = False) -> Quantized:
-    """Return each group's matrix in FP8 by blocks of 128 x 128, contracted along its last axis: [E, N, K], scales [E, K / 128, N / 128]."""
-    return jax.vmap(functools.partial(quantize, block=True, transpose=True, power_of_two=power_of_two))(w)
+def quantize_groups(w: Float[Array, "E K N"], *, transpose: bool = True, power_of_two: bool = False) -> Quantized:
+    """Return each group's matrix in FP8 by blocks of 128 x 128, to be contracted along K: [E, N, K], scales [E, K / 128, N / 128].
+
+    Not transposed it is contracted along N, as for the gradient of rows: [E, K, N], scales [E, N / 128, K / 128].
+    """
+    return jax.vmap(functools.partial(quantize, block=True, transpose=transpose, power_of_two=power_of_two))(w)
 
 
 def gather_quantized(x: QuantizedRows, groups: Groups, num_slots: int) -> QuantizedRows:
@@ -79,43 +82,35 @@ def fp8_grouped_matmul(
     """Return `grouped_matmul(x, w, tiles)` of operands quantised to FP8: x per row and 128 columns, w per 128 x 128 block.
 
     Its gradients are FP8 products as well, as those of `scaled_matmul.fp8_matmul`: dx of dy by rows and the forward's blocks of w, dw of
-    x and dy quantised along the rows. The forward keeps x and w in FP8 only. Rows of padding must be zero, as `gather_groups` and
+    x and dy quantised along the rows. The forward keeps x in FP8 only, and w as it is. Rows of padding must be zero, as `gather_groups` and
     `gather_quantized` leave them. x may be in FP8 already, as for `fp8_matmul`.
     """
     rows = quantize_rows(x, power_of_two=power_of_two)
     dtype = result_dtype(rows, out_dtype)
-    operands = rows.carrier, *lax.stop_gradient((rows.quantized, rows.columns)), w, tiles
+    operands = rows.carrier, *lax.stop_gradient((rows.quantized, as_bytes(rows.columns))), w, tiles
     y: jax.Array = _fp8(*operands, row_tile, dtype, power_of_two, implementation)  # pyright: ignore
     return y
-
-
-def _product(rows, w, tiles, row_tile, out_dtype, power_of_two, implementation):
-    """The product, and the blocks of w, [E, N, K]."""
-    blocks = quantize_groups(w, power_of_two=power_of_two)
-    return grouped_scaled_matmul(rows, blocks, tiles, row_tile=row_tile, out_dtype=out_dtype, implementation=implementation), blocks
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7, 8))
 def _fp8(x, rows, columns, w, tiles, row_tile, out_dtype, power_of_two, implementation):
     """The product of `rows` and w; x, their carrier, and their columns are there for the gradients."""
     del x, columns
-    return _product(rows, w, tiles, row_tile, out_dtype, power_of_two, implementation)[0]
+    blocks = quantize_groups(w, power_of_two=power_of_two)
+    return grouped_scaled_matmul(rows, blocks, tiles, row_tile=row_tile, out_dtype=out_dtype, implementation=implementation)
 
 
-def _forward(x, rows, columns, w, tiles, row_tile, out_dtype, power_of_two, implementation):
-    columns = columns_of(x, columns, power_of_two)
-    y, blocks = _product(rows, w, tiles, row_tile, out_dtype, power_of_two, implementation)
-    return y, (columns, blocks, tiles, jnp.zeros(0, x.dtype), jnp.zeros(0, w.dtype))
+def _forward(x, rows, columns, w, tiles, *how):
+    return _fp8(x, rows, columns, w, tiles, *how), (columns_of(x, columns, how[2]), w, tiles, jnp.zeros(0, x.dtype))
 
 
 def _backward(row_tile, out_dtype, power_of_two, implementation, residuals, dy):
-    columns, blocks, tiles, *like = residuals
-    x_dtype, w_dtype = (x.dtype for x in like)
+    columns, w, tiles, like = residuals
     how = {"row_tile": row_tile, "implementation": implementation}
-    transposed = Quantized(*(jnp.swapaxes(x, 1, 2) for x in blocks))
-    dx = grouped_scaled_matmul(quantize(dy, power_of_two=power_of_two), transposed, tiles, out_dtype=x_dtype, **how)
+    rows, blocks = quantize(dy, power_of_two=power_of_two), quantize_groups(w, transpose=False, power_of_two=power_of_two)
+    dx = grouped_scaled_matmul(rows, blocks, tiles, out_dtype=like.dtype, **how)
     dy_columns = quantize(dy, transpose=True, power_of_two=power_of_two)
-    return dx, None, None, grouped_weight_gradient(columns, dy_columns, tiles, out_dtype=w_dtype, **how), None
+    return dx, None, None, grouped_weight_gradient(as_values(columns), dy_columns, tiles, out_dtype=w.dtype, **how), None
 
 
 _fp8.defvjp(_forward, _backward)

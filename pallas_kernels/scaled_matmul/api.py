@@ -10,7 +10,17 @@ from jaxtyping import Array, Float
 
 from pallas_kernels import dispatch
 from pallas_kernels.scaled_matmul import pallas_gpu, pallas_tpu, xla
-from pallas_kernels.scaled_matmul.quantized import GROUP, Quantized, QuantizedRows, columns_of, quantize, quantize_rows, result_dtype
+from pallas_kernels.scaled_matmul.quantized import (
+    GROUP,
+    Quantized,
+    QuantizedRows,
+    as_bytes,
+    as_values,
+    columns_of,
+    quantize,
+    quantize_rows,
+    result_dtype,
+)
 
 
 def _jax_triton(*args, **kwargs):
@@ -61,45 +71,38 @@ def fp8_matmul(
     """Return x @ w [*rows, N] of operands quantised to FP8: x per row and 128 columns, w per 128 x 128 block (default dtype: that of x).
 
     Its gradients are FP8 products as well: dx = dy w^T with dy quantised per row and 128 columns of N and the forward's blocks of w,
-    dw = x^T dy with both quantised along the rows. The forward keeps x and w in FP8 only. Other arguments as in `scaled_matmul`,
-    which also promises the rows' bits; gradients promise none.
+    dw = x^T dy with both quantised along the rows. The forward keeps x in FP8 only; of w it keeps nothing but w, which lives anyway or
+    is gathered again, and quantises it once more. Other arguments as in `scaled_matmul`, which also promises the rows' bits; gradients
+    promise none.
 
     x may be in FP8 already, as layers of `fused_layers` emit it, with scales that are no powers of two; without a carrier there is no
     default for `out_dtype`, and no gradient: both raise ValueError.
     """
     rows = quantize_rows(x, power_of_two=power_of_two)
     dtype = result_dtype(rows, out_dtype)
-    operands = rows.flat.carrier, *lax.stop_gradient((rows.quantized, rows.columns)), w
+    operands = rows.flat.carrier, *lax.stop_gradient((rows.quantized, as_bytes(rows.columns))), w
     y: jax.Array = _fp8_matmul(*operands, dtype, power_of_two, aligned, implementation)  # pyright: ignore
     return y.reshape(*rows.values.shape[:-1], w.shape[1])
-
-
-def _product(rows, w, out_dtype, power_of_two, aligned, implementation):
-    """The product, and the blocks of w, [N, K]."""
-    blocks = quantize(w, block=True, transpose=True, power_of_two=power_of_two)
-    return scaled_matmul(rows, blocks, out_dtype=out_dtype, aligned=aligned, implementation=implementation), blocks
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6, 7))
 def _fp8_matmul(x, rows, columns, w, out_dtype, power_of_two, aligned, implementation):
     """The product of `rows` and w; x, their carrier, and their columns are there for the gradients."""
     del x, columns
-    return _product(rows, w, out_dtype, power_of_two, aligned, implementation)[0]
+    blocks = quantize(w, block=True, transpose=True, power_of_two=power_of_two)
+    return scaled_matmul(rows, blocks, out_dtype=out_dtype, aligned=aligned, implementation=implementation)
 
 
-def _forward(x, rows, columns, w, out_dtype, power_of_two, aligned, implementation):
-    columns = columns_of(x, columns, power_of_two)
-    y, blocks = _product(rows, w, out_dtype, power_of_two, aligned, implementation)
-    return y, (columns, blocks, jnp.zeros(0, x.dtype), jnp.zeros(0, w.dtype))
+def _forward(x, rows, columns, w, *how):
+    return _fp8_matmul(x, rows, columns, w, *how), (columns_of(x, columns, how[1]), w, jnp.zeros(0, x.dtype))
 
 
 def _backward(out_dtype, power_of_two, aligned, implementation, residuals, dy):
-    columns, blocks, *like = residuals
-    x_dtype, w_dtype = (x.dtype for x in like)
-    rows = quantize(dy, power_of_two=power_of_two)
-    dx = scaled_matmul(rows, blocks.transposed, out_dtype=x_dtype, implementation=implementation)
+    columns, w, like = residuals
+    rows, blocks = quantize(dy, power_of_two=power_of_two), quantize(w, block=True, power_of_two=power_of_two)
+    dx = scaled_matmul(rows, blocks, out_dtype=like.dtype, implementation=implementation)
     dy_columns = quantize(dy, transpose=True, power_of_two=power_of_two)
-    return dx, None, None, scaled_matmul(columns, dy_columns, out_dtype=w_dtype, implementation=implementation)
+    return dx, None, None, scaled_matmul(as_values(columns), dy_columns, out_dtype=w.dtype, implementation=implementation)
 
 
 _fp8_matmul.defvjp(_forward, _backward)

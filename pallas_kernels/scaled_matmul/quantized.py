@@ -39,11 +39,6 @@ class Quantized(NamedTuple):
     values: Any
     scales: Any
 
-    @property
-    def transposed(self) -> "Quantized":
-        """Return the same numbers contracted along the other axis: only blocks can be."""
-        return Quantized(self.values.T, self.scales.T)
-
 
 class QuantizedRows(NamedTuple):
     """Activations [*rows, K] on their way to products in FP8, as the layer in front of them leaves them.
@@ -140,14 +135,28 @@ def quantize_rows(x: Float[Array, "*rows K"] | QuantizedRows, *, power_of_two: b
     return QuantizedRows(x, rows.values.reshape(x.shape), rows.scales, None, x)
 
 
+def as_bytes(x: Quantized | None) -> Quantized | None:
+    """Return the values as their bytes, uint8, for what is kept for a gradient; `as_values` takes them back.
+
+    `jax.checkpoint` rounds floats that it keeps to the range that their exponent's bits have in IEEE (`lax.reduce_precision`), where
+    the exponents of e4m3fn's largest values, from 256 on, are infinity's.
+    """
+    return x and Quantized(lax.bitcast_convert_type(x.values, jnp.uint8), x.scales)
+
+
+def as_values(x: Quantized) -> Quantized:
+    """Return the values whose bytes `as_bytes` returned."""
+    return Quantized(lax.bitcast_convert_type(x.values, jnp.float8_e4m3fn), x.scales)
+
+
 def columns_of(carrier: Float[Array, "N K"] | None, columns: Quantized | None, power_of_two: bool) -> Quantized:
-    """Return rows quantised along the rows, for the gradient of a weight: of the carrier, if their layer did not.
+    """Return rows quantised along the rows, as bytes, for the gradient of a weight: of the carrier, if their layer did not.
 
     Raises ValueError if they were left without a carrier.
     """
     if carrier is None:
         raise ValueError("a product of rows in FP8 whose layer emitted neither plain rows nor columns has no gradient")
-    return columns or quantize(carrier, transpose=True, power_of_two=power_of_two)
+    return columns or as_bytes(quantize(carrier, transpose=True, power_of_two=power_of_two))
 
 
 def result_dtype(rows: QuantizedRows, out_dtype: DTypeLike | None) -> Any:

@@ -4,6 +4,7 @@ The simulated devices must exist before jax starts, so all meshes run in one pro
 writes what it found as JSON.
 """
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -22,22 +23,23 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 MESHES = ("1x1", "2x1", "1x2", "2x4", "8x8")
 SAVED = "2x4"
 """The mesh whose state is saved, to be restored on one device."""
+FP8 = "2x4"
+"""The mesh that trains in FP8 beside one device."""
 
 
-def model_config():
-    import dataclasses
-
-    return dataclasses.replace(preset("test"), num_layers=2, period=2, hidden_size=64)
+def make_mesh(text):
+    return sharding.make_mesh(sharding.parse_mesh(text)) if text != "1x1" else None
 
 
-def make_program(mesh):
+def make_program(mesh, num_layers=2, period=2, **numerics):
     from ring_jax.numerics import Numerics
     from ring_jax.train.config import OptimizerConfig
     from ring_jax.train.step import make_program
 
+    config = dataclasses.replace(preset("test"), num_layers=num_layers, period=period, hidden_size=64)
     # Without clipping, the first moments after the first step are a tenth of the gradient.
     optimizer = OptimizerConfig(warmup=0, clip=0.0, z_loss=0.01)
-    return make_program(model_config(), Numerics(aligned=False), optimizer, steps=10, seed=0, mesh=mesh)
+    return make_program(config, Numerics(aligned=False, **numerics), optimizer, steps=10, seed=0, mesh=mesh)
 
 
 def make_batch(rows, seq_len=128):
@@ -78,6 +80,32 @@ def shards(state):
     return found
 
 
+def stacked(jaxpr, found=None):
+    """The shapes that loops over layers return a layer of, in a program and those inside it: what they keep for the gradient."""
+    from jax.extend.core import jaxprs_in_params
+
+    found = [] if found is None else found
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "scan":
+            found += [v.aval.shape[1:] for v in equation.outvars[equation.params["num_carry"] :]]
+        for inner in jaxprs_in_params(equation.params):
+            stacked(inner, found)
+    return found
+
+
+def kept(text, **numerics):
+    """The shapes that the layers of a step keep for its gradient, and those of a layer's matrices: of a model with groups and runs."""
+    import jax
+    from flax import nnx
+
+    program = make_program(make_mesh(text), num_layers=6, period=3, **numerics)
+    batch = jax.device_put(make_batch(48), program.batch_sharding)
+    jaxpr = jax.make_jaxpr(program.step)(program.abstract, program.tables, batch)
+    variables = jax.tree.leaves(program.abstract.params["segments"], is_leaf=lambda x: isinstance(x, nnx.Variable))
+    shapes = [variable.get_metadata("full_shape") for variable in variables]
+    return {"kept": stacked(jaxpr.jaxpr), "matrices": [shape for shape in shapes if len(shape) > 1]}
+
+
 def main(folder):
     import jax
 
@@ -86,8 +114,7 @@ def main(folder):
 
     folder, batch = pathlib.Path(folder), make_batch(64)
     for text in MESHES:
-        sizes = sharding.parse_mesh(text)
-        mesh = sharding.make_mesh(sizes) if text != "1x1" else None
+        mesh = make_mesh(text)
         program = make_program(mesh)
         state = program.init()
         start = checkpoint.by_path(state.params)
@@ -107,6 +134,14 @@ def main(folder):
             manager.close()
             after = checkpoint.by_path(state.params)
             np.savez(folder / "saved.npz", **{name: np.asarray(x) for name, x in after.items()})
+    for text in ("1x1", FP8):
+        program = make_program(make_mesh(text), fp8=True)
+        state, metrics = program.step(program.init(), program.tables, jax.device_put(batch, program.batch_sharding))
+        grads = checkpoint.by_path(state.optimizer[1].mu)
+        np.savez(
+            folder / f"{text}-fp8.npz", metrics=np.array([float(x) for x in metrics]), **{name: np.asarray(x) for name, x in grads.items()}
+        )
+    (folder / "kept.json").write_text(json.dumps({precision: kept("2x8", fp8=precision == "fp8") for precision in ("fp32", "fp8")}))
 
 
 @pytest.fixture(scope="module")
@@ -136,6 +171,27 @@ def test_loss_and_gradients_are_those_of_one_device(found, mesh):
     compare(found, "start", mesh, 0)
     np.testing.assert_allclose(read(found, mesh)["metrics"], read(found, "1x1")["metrics"], rtol=2e-6)
     compare(found, "grads", mesh, 2e-5)
+
+
+def test_fp8_loss_and_gradients_are_those_of_one_device(found):
+    """Experts' rows lie elsewhere on a mesh, and 128 of them share the scales of a weight's gradient: a tenth of FP8's own error."""
+    one, other, fp32 = (np.load(found / name) for name in ("1x1-fp8.npz", f"{FP8}-fp8.npz", "1x1-grads.npz"))
+    np.testing.assert_allclose(other["metrics"], one["metrics"], rtol=1e-3)
+    for name in fp32.files:
+        difference = lambda found, name=name: np.linalg.norm(found[name] - one[name]) / np.linalg.norm(one[name])
+        assert difference(other) < 0.03, name
+        assert difference(other) < 0.1 * difference(fp32), name
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp8"])
+def test_gathered_weights_are_not_kept_for_the_gradient(found, precision):
+    result = json.loads((found / "kept.json").read_text())[precision]
+    assert len(result["matrices"]) > 10
+    size = lambda shape: sorted(n for n in shape if n > 1)
+    assert any(3 * 128 in shape for shape in result["kept"])  # activations are
+    for whole in result["matrices"]:
+        whole = whole[-2:]  # of experts, which stay on their devices, one
+        assert not [shape for shape in result["kept"] if size(shape) in (size(whole), size((2, *whole)))], whole
 
 
 @pytest.mark.parametrize("mesh", MESHES[1:])
