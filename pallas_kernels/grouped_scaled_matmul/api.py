@@ -87,7 +87,7 @@ def fp8_grouped_matmul(
     """
     rows = quantize_rows(x, power_of_two=power_of_two)
     dtype = result_dtype(rows, out_dtype)
-    operands = rows.carrier, *lax.stop_gradient((rows.quantized, as_bytes(rows.columns))), w, tiles
+    operands = rows.carrier, *lax.stop_gradient((rows.quantized, rows.columns and as_bytes(rows.columns))), w, tiles
     y: jax.Array = _fp8(*operands, row_tile, dtype, power_of_two, implementation)  # pyright: ignore
     return y
 

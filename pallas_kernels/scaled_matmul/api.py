@@ -80,7 +80,7 @@ def fp8_matmul(
     """
     rows = quantize_rows(x, power_of_two=power_of_two)
     dtype = result_dtype(rows, out_dtype)
-    operands = rows.flat.carrier, *lax.stop_gradient((rows.quantized, as_bytes(rows.columns))), w
+    operands = rows.flat.carrier, *lax.stop_gradient((rows.quantized, rows.columns and as_bytes(rows.columns))), w
     y: jax.Array = _fp8_matmul(*operands, dtype, power_of_two, aligned, implementation)  # pyright: ignore
     return y.reshape(*rows.values.shape[:-1], w.shape[1])
 

@@ -135,13 +135,13 @@ def quantize_rows(x: Float[Array, "*rows K"] | QuantizedRows, *, power_of_two: b
     return QuantizedRows(x, rows.values.reshape(x.shape), rows.scales, None, x)
 
 
-def as_bytes(x: Quantized | None) -> Quantized | None:
+def as_bytes(x: Quantized) -> Quantized:
     """Return the values as their bytes, uint8, for what is kept for a gradient; `as_values` takes them back.
 
     `jax.checkpoint` rounds floats that it keeps to the range that their exponent's bits have in IEEE (`lax.reduce_precision`), where
     the exponents of e4m3fn's largest values, from 256 on, are infinity's.
     """
-    return x and Quantized(lax.bitcast_convert_type(x.values, jnp.uint8), x.scales)
+    return Quantized(lax.bitcast_convert_type(x.values, jnp.uint8), x.scales)
 
 
 def as_values(x: Quantized) -> Quantized:
