@@ -17,14 +17,17 @@ def run(call: Pass, *, aligned: bool) -> tuple[list[tuple[jax.Array, ...]], list
         return quantised_after(functools.partial(run, aligned=aligned), call)
     parts = call.parts or 1
     computed = parts - call.copied
+    # No axis of size 1: XLA's CPU compiler then fuses a row's sum into what reads it, and computes it once for each of its channels.
+    axes = (parts,) if parts > 1 else ()
 
     def tile_pieces(operand, arrays):
-        """An operand's pieces [R, parts, width] and their partners."""
+        """An operand's pieces [R, parts, width], of one part [R, width], and their partners."""
         where = pieces(operand, parts)
         rows = jnp.concatenate(arrays, axis=1) if len(arrays) > 1 else arrays[0]
         if not operand.pieces:
-            return [rows[:, None]]
-        found = list(jnp.moveaxis(rows.reshape(rows.shape[0], operand.pieces, parts, where.width), 1, 0)[:, :, :computed])
+            return [rows[:, None] if axes else rows]
+        found = list(jnp.moveaxis(rows.reshape(rows.shape[0], operand.pieces, *axes, where.width), 1, 0))
+        found = [x[:, :computed] for x in found] if axes else found
         if operand.half:
             return [y for x in found for y in (x, tile.Lanes(lambda f, own=(), other=(), x=x: tile.partner(f(x, *own), operand.half)))]
         return found
@@ -53,5 +56,5 @@ def run(call: Pass, *, aligned: bool) -> tuple[list[tuple[jax.Array, ...]], list
     if aligned and call.parts and not call.gradient:
         return grouped(call, map_row_tiles(lambda *tiles: on_rows(*tiles)[0], *arrays)), []
     outs, terms = pin(on_rows(*pin(arrays, aligned)), aligned)
-    padding = ((0, call.copied), (0, 0))
-    return grouped(call, outs), [jnp.pad(x.sum(0), padding) if call.copied else x.sum(0) for x in terms]
+    sums = [x.sum(0).reshape(computed, -1) for x in terms]
+    return grouped(call, outs), [jnp.pad(x, ((0, call.copied), (0, 0))) for x in sums]
