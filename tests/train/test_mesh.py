@@ -87,7 +87,8 @@ def stacked(jaxpr, found=None):
     found = [] if found is None else found
     for equation in jaxpr.eqns:
         if equation.primitive.name == "scan":
-            found += [v.aval.shape[1:] for v in equation.outvars[equation.params["num_carry"] :]]
+            shapes = [v.aval.shape for v in equation.outvars]
+            found += [shape[1:] for shape in shapes if shape[:1] == (equation.params["length"],)]
         for inner in jaxprs_in_params(equation.params):
             stacked(inner, found)
     return found
