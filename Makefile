@@ -28,7 +28,7 @@ $(GATES_VENV)/.made: pyproject.toml
 
 demo: env  ## train a small hybrid on real text, draw the loss, generate from it
 	$(BIN)/python -m ring_jax.train --output runs/python --overwrite --precision fp32 --tokenizer bytes --seq-len 512 --batch-size 8 --steps 500 --optimizer.schedule linear --optimizer.balance_rate 0.01
-	$(BIN)/python -m ring_jax.infer --checkpoint runs/python --prompt 'def __init__(self, ' --max-tokens 400
+	$(BIN)/python -m ring_jax.infer --checkpoint runs/python --prompt 'def __init__(self, ' --max-tokens 400 --temperature 0.9
 	@echo 'The loss curve: runs/python/loss.png'
 
 test: env env-gates  ## the test suite
