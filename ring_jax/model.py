@@ -73,17 +73,17 @@ def _stack(config: ModelConfig, numerics: Numerics, run: Run, rngs: nnx.Rngs) ->
     return nnx.merge(graph, jax.vmap(jax.vmap(create))(keys))
 
 
-def _loop(body: Any, x: Any, per_layer: Any, length: int, unroll: int = 1, remat: Any = lambda turn: turn) -> tuple[Any, Any]:
-    """`lax.scan` over a leading axis of turns, rematerialised as asked for; a single one is inlined."""
+def _loop(body: Any, x: Any, per_layer: Any, length: int, unroll: int = 1, wrap: Any = lambda turn: turn) -> tuple[Any, Any]:
+    """`lax.scan` over a leading axis of turns, each wrapped for rematerialisation; a single one is inlined."""
     if length > 1:
-        return lax.scan(remat(body), x, per_layer, unroll=min(unroll, length))
+        return lax.scan(wrap(body), x, per_layer, unroll=min(unroll, length))
 
     def turn(x, per_layer):
         x, out = body(x, jax.tree.map(lambda a: lax.squeeze(a, [0]), per_layer))
         return x, jax.tree.map(lambda a: a[None], out)
 
     # The only layer is taken of its stack inside: the stack, which lives anyway, stays for the gradient, and no copy of the layer.
-    return remat(turn)(x, per_layer)
+    return wrap(turn)(x, per_layer)
 
 
 class RingOutput(NamedTuple):
@@ -159,7 +159,7 @@ class Ring(nnx.Module):
     def _segment(self, segment: nnx.List, runs: tuple[Run, ...], x: jax.Array, place: Placement, cache: Any) -> tuple[Any, Any]:
         """The residual stream after all groups of a segment, with the caches and router statistics of each of its runs."""
         graphs, states = zip(*(nnx.split(block) for block in segment), strict=True)
-        unroll, rematerialised = self.numerics.unroll, functools.partial(remat, policy=self.numerics.remat)
+        unroll, wrap = self.numerics.unroll, functools.partial(remat, policy=self.numerics.remat)
 
         def group(x, per_group):
             states, group_caches = per_group
@@ -171,7 +171,7 @@ class Ring(nnx.Module):
                     x, layer_cache, stats = nnx.merge(graph, sharding.gather(state))(x, place, layer_cache)
                     return x, (layer_cache, stats)
 
-                x, (run_cache, run_stats) = _loop(layer, x, (state, run_cache), len(run.layers[0]), unroll, rematerialised)
+                x, (run_cache, run_stats) = _loop(layer, x, (state, run_cache), len(run.layers[0]), unroll, wrap)
                 caches.append(run_cache)
                 stats.append(run_stats)
             return x, (tuple(caches), tuple(stats))
