@@ -181,29 +181,13 @@ def _backward(q, k, v, d_out, weights, state, d_state, reset, last):
 lightning_attention = functools.partial(pallas.lightning_attention, _forward, _backward)
 
 
-def _rows_kernel(
-    index_ref,
-    q_ref,
-    k_ref,
-    v_ref,
-    state_ref,
-    key_in,
-    value_in,
-    mask_ref,
-    query_ref,
-    key_ref,
-    whole_ref,
-    *refs,
-    chunk_size,
-    num_tokens,
-    behind,
-):
+def _rows_kernel(index_ref, q_ref, k_ref, v_ref, state_ref, key_in, value_in, powers_ref, *refs, chunk_size, num_tokens, behind):
     """A block of V of the rows of tokens that follow the buffers, one after another; the first may be written into them.
 
     With `behind` it is the tokens that lie in the chunk after the open one: refs then begin with the outputs of the others.
     """
     o_ref, *writes = refs[behind:]
-    index, row = index_ref[0], jnp.arange(chunk_size)
+    index, row, scale = index_ref[0], jnp.arange(chunk_size), q_ref.shape[1] ** -0.5
 
     def tokens(ref, first):
         """The tokens in their rows of a tile, zeros elsewhere. Masked in the load: a tile then lies where one of training lies."""
@@ -219,7 +203,12 @@ def _rows_kernel(
         return jnp.where(before, triton.load(buffer_ref.at[:, :], mask=before, other=0), tokens(ref, index))
 
     def outputs(first, keys, values, state):
-        out = tile.rows(tokens(q_ref, first), keys, values, state, mask_ref[...], query_ref[...], _dot)
+        mask = jnp.zeros((chunk_size, chunk_size), jnp.float32)
+        for i in range(num_tokens):  # a row of M each: the whole of it would be most of what a program reads
+            decayed = scale * triton.load(powers_ref.at[chunk_size - jnp.clip(first + i, 0, chunk_size) + row])
+            mask = jnp.where((row == first + i)[:, None], decayed[None, :], mask)
+        query = scale * triton.load(powers_ref.at[chunk_size - 1 - row])[:, None]
+        out = tile.rows(tokens(q_ref, first), keys, values, state, mask, query, _dot)
         for i in range(num_tokens):
             one = jnp.where((row == first + i)[:, None], out, 0.0).sum(0).astype(o_ref.dtype)
             here = (first + i >= 0) & (first + i < chunk_size)
@@ -229,7 +218,8 @@ def _rows_kernel(
 
         @pl.when(index + num_tokens > chunk_size)
         def _next_chunk():
-            after = tile.fold(state_ref[...], on_tile(k_ref, key_in), on_tile(v_ref, value_in), key_ref[...], whole_ref[...], _dot)
+            key = triton.load(powers_ref.at[row + 1])[:, None]
+            after = tile.fold(state_ref[...], on_tile(k_ref, key_in), on_tile(v_ref, value_in), key, powers_ref[0], _dot)
             outputs(index - chunk_size, tokens(k_ref, index - chunk_size), tokens(v_ref, index - chunk_size), after)
 
         return
@@ -239,12 +229,16 @@ def _rows_kernel(
         triton.store(out_ref.at[at, :], ref[0, :], mask=jnp.broadcast_to(index < chunk_size, ref.shape[1:]))
 
 
+def _powers(log_decay: jax.Array, chunk_size: int) -> jax.Array:
+    """exp(g (C - n)) for n = 0..C, then zeros, [H, 2C]: row i of M is C values from C - i on."""
+    return jnp.pad(tile.decay_powers(log_decay, chunk_size)[:, ::-1], ((0, 0), (0, chunk_size - 1)))
+
+
 def _slot_specs(heads: int, num_paths: int):
-    """Block specs of (batch and path and head, block of V): of a slot's part (rows, size, whether split), and of a head's weights."""
+    """Block specs of (batch and path and head, block of V): of a slot's part (rows, size, whether split), and of a head's powers."""
     at = lambda f: _at_program(heads, lambda bp, h, n: f(lax.div(bp, jnp.int32(num_paths)), lax.rem(bp, jnp.int32(num_paths)), h, n))
     slot = lambda rows, size, split: pl.BlockSpec((None, None, rows, size), at(lambda b, p, h, n: (b, h, 0, n if split else 0)))
-    constant = lambda x: pl.BlockSpec((None, *x.shape[1:]), at(lambda b, p, h, n: (h, 0, 0)))
-    return at, slot, constant
+    return at, slot, lambda powers: pl.BlockSpec((None, powers.shape[1]), at(lambda b, p, h, n: (h, 0)))
 
 
 def _rows(name: str, q, k, v, state, key_buffer, value_buffer, log_decay, index, write: bool = False, before=None):
@@ -256,8 +250,8 @@ def _rows(name: str, q, k, v, state, key_buffer, value_buffer, log_decay, index,
     chunk_size, value_size = value_buffer.shape[2:]
     choice = tiles.of(tiles.LIGHTNING_GPU_DECODE)
     block = min(choice.block, value_size)
-    weights = tile.weights(tile.decay_powers(log_decay, chunk_size), key_size)
-    at, slot, constant = _slot_specs(heads, num_paths)
+    powers = _powers(log_decay, chunk_size)
+    at, slot, head = _slot_specs(heads, num_paths)
     tokens = lambda size, split: pl.BlockSpec((None, None, num_tokens, None, size), at(lambda b, p, h, n: (b, p, 0, h, n if split else 0)))
     buffer_specs = [slot(chunk_size, key_size, False), slot(chunk_size, block, True)]
     out = jax.ShapeDtypeStruct((batch, num_paths, num_tokens, heads, value_size), q.dtype)
@@ -273,12 +267,12 @@ def _rows(name: str, q, k, v, state, key_buffer, value_buffer, log_decay, index,
             *(tokens(key_size, False), tokens(key_size, False), tokens(block, True)),
             slot(key_size, block, True),
             *buffer_specs,
-            *map(constant, weights),
+            head(powers),
             *(tokens(block, True) for _ in others),
         ],
         out_specs=[tokens(block, True), *(buffer_specs if write else [])],
         out_shape=[out, *buffers],
-        input_output_aliases={5: 1, 6: 2} if write else {11: 0} if others else {},
+        input_output_aliases={5: 1, 6: 2} if write else {8: 0} if others else {},
         compiler_params=triton.CompilerParams(num_warps=choice.warps, num_stages=choice.stages),
         cost_estimate=pl.CostEstimate(
             flops=rows * 2 * (chunk_size * (key_size + value_size) + key_size * value_size),
@@ -286,15 +280,16 @@ def _rows(name: str, q, k, v, state, key_buffer, value_buffer, log_decay, index,
             transcendentals=0,
         ),
         interpret=interpreted("gpu"),
-    )(index, q, k, v, state, key_buffer, value_buffer, *weights, *others)
+    )(index, q, k, v, state, key_buffer, value_buffer, powers, *others)
 
 
-def _fold_kernel(index_ref, key_in, value_in, key_ref, whole_ref, state_ref, *refs, chunk_size):
+def _fold_kernel(index_ref, key_in, value_in, powers_ref, state_ref, *refs, chunk_size):
     """A block of V of the state of a slot whose chunk is full; others are left alone. refs: the copy, which is not read, then outputs."""
 
     @pl.when(index_ref[0] == chunk_size - 1)
     def _full():
-        after = tile.fold(state_ref[...], key_in[...], value_in[...], key_ref[...], whole_ref[...], _dot)
+        key = triton.load(powers_ref.at[jnp.arange(chunk_size) + 1])[:, None]
+        after = tile.fold(state_ref[...], key_in[...], value_in[...], key, powers_ref[0], _dot)
         for ref in refs[len(refs) // 2 :]:
             ref[...] = after.astype(ref.dtype)
 
@@ -304,8 +299,8 @@ def _fold(state, key_buffer, value_buffer, log_decay, index, state_copy):
     batch, heads, key_size, value_size = state.shape
     chunk_size, choice = key_buffer.shape[2], tiles.of(tiles.LIGHTNING_GPU_DECODE)
     block = min(choice.block, value_size)
-    _, _, key, whole = tile.weights(tile.decay_powers(log_decay, chunk_size), key_size)
-    at, slot, constant = _slot_specs(heads, 1)
+    powers = _powers(log_decay, chunk_size)
+    at, slot, head = _slot_specs(heads, 1)
     states = [state] if state_copy is None else [state, state_copy]
     state_specs = [slot(key_size, block, True)] * len(states)
     result = pl.pallas_call(
@@ -315,16 +310,16 @@ def _fold(state, key_buffer, value_buffer, log_decay, index, state_copy):
         in_specs=[
             pl.BlockSpec((1,), at(lambda b, p, h, n: (b,))),
             *(slot(chunk_size, key_size, False), slot(chunk_size, block, True)),
-            *map(constant, (key, whole)),
+            head(powers),
             *state_specs,
         ],
         out_specs=state_specs,
         out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in states],
-        input_output_aliases={5 + i: i for i in range(len(states))},
+        input_output_aliases={4 + i: i for i in range(len(states))},
         compiler_params=triton.CompilerParams(num_warps=choice.warps, num_stages=choice.stages),
         cost_estimate=pl.CostEstimate(flops=0, bytes_accessed=0, transcendentals=0),  # most steps fold nothing
         interpret=interpreted("gpu"),
-    )(index, key_buffer, value_buffer, key, whole, *states)
+    )(index, key_buffer, value_buffer, powers, *states)
     return (*result, None)[:2]
 
 
