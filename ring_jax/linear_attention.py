@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 
 from pallas_kernels.fused_layers import gated_group_norm
 from pallas_kernels.lightning_attention import lightning_attention, lightning_attention_step
-from pallas_kernels.scaled_matmul import QuantizedRows
+from pallas_kernels.scaled_matmul import Product, QuantizedRows
 from ring_jax.cache import LinearCache, Placement
 from ring_jax.config import ModelConfig
 from ring_jax.layers import HeadNorms, norm_weight, weight
@@ -55,7 +55,7 @@ class LinearAttention(nnx.Module):
         return name(product(o, self.out[...]), "mixer_out"), cache
 
     def gated_norm(
-        self, gate: Float[Array, "*rows D"], o: Float[Array, "*rows D"], weight: Float[Array, " D"], **how: Any
+        self, gate: Float[Array, "*rows D"] | Product, o: Float[Array, "*rows D"], weight: Float[Array, " D"], **how: Any
     ) -> Float[Array, "*rows D"] | QuantizedRows:
         """Return groupnorm(o) * sigmoid(gate); the gate is not normalised."""
         how |= {"num_groups": self.config.num_norm_groups, "eps": self.config.norm_eps, "emit": self.numerics.emit()}

@@ -72,7 +72,9 @@ class Numerics:
     ) -> Any:
         """Return `matmul` of rows x [*rows, D] and a weight w [D, F], and what follows it, in the precision of products."""
         if self.fp8:
-            return epilogue(fp8_matmul(x, w, out_dtype=self.dtype, **self.ops), *rows, *weights, **self.ops)
+            returns_fp8 = self.gradients and epilogue is not itself  # layers emit the gradients of what they read, too
+            y = fp8_matmul(x, w, out_dtype=self.dtype, returns_fp8=returns_fp8, **self.ops)
+            return epilogue(y, *rows, *weights, **self.ops)
         assert isinstance(x, jax.Array)
         return matmul(x, w, epilogue, rows, weights, **self.ops)
 
@@ -90,7 +92,8 @@ class Numerics:
         if self.fp8:
             how = {"row_tile": row_tile, "out_dtype": self.dtype, "implementation": self.kernels}
             product = functools.partial(fp8_grouped_matmul, tiles=groups.tiles, **how)
-            return product(between(product(gather_quantized(quantize_rows(x), groups, num_slots), w_in), **self.ops), w_out)
+            y = product(gather_quantized(quantize_rows(x), groups, num_slots), w_in, returns_fp8=self.gradients)
+            return product(between(y, **self.ops), w_out)
         assert isinstance(x, jax.Array)
         return grouped_mlp(x, w_in, w_out, groups, num_slots, between, row_tile=row_tile, **self.ops)
 

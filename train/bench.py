@@ -24,9 +24,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax import lax
 
 from pallas_kernels import fused_layers
 from pallas_kernels.fused_layers import reference
+from pallas_kernels.grouped_matmul import gather_groups
 from ring_jax import checkpoint, flops, layers, linear_attention, moe, numerics
 from ring_jax.config import PRESETS, ModelConfig
 from ring_jax.convert.to_hf import write_hf
@@ -51,6 +53,7 @@ DECODE_STEPS = 8
 """Steps of one timed run; eight runs (the first warms up) end at a chunk's end, whose fold the median leaves out."""
 
 
+RAGGED_DOT, NEITHER = "train demo, its experts by lax.ragged_dot", "train demo, both: none of our ops but attention and products"
 RARELY = 3
 """Rounds of which a run of many seconds takes part in one."""
 
@@ -90,6 +93,17 @@ def equations() -> Iterator[None]:
         yield
 
 
+def experts_by_ragged_dot() -> Any:
+    """Trace models whose experts' products are `lax.ragged_dot`, with autodiff's gradients, in place of ours."""
+
+    def mlp(x, w_in, w_out, groups, num_slots, between, *, row_tile, aligned, implementation):
+        rows, sizes = gather_groups(x, groups, num_slots), groups.tiles * row_tile
+        hidden = between(lax.ragged_dot(rows, w_in, sizes), aligned=aligned, implementation=implementation)
+        return lax.ragged_dot(hidden, w_out, sizes)
+
+    return mock.patch.object(numerics, "grouped_mlp", mlp)
+
+
 def training_step(precision: str) -> tuple[Callable[[], Any], TrainConfig]:
     """Return a run of the demo's training step, and its configuration."""
     run = TrainConfig(precision=precision, seq_len=SEQ_LEN, batch_size=BATCH_SIZE)
@@ -116,7 +130,12 @@ def bench_training(precisions: Sequence[str], repeats: int) -> list[dict[str, An
         if DTYPES[precision] == "float32":  # the equations are in fp32 at least
             with equations():
                 steps["train demo, its layers as equations"], _ = training_step(precision)
-        taken = medians(steps | {shape: product(*shape, DTYPES[precision]) for shape in GEMMS}, repeats)
+            with experts_by_ragged_dot():
+                steps[RAGGED_DOT], _ = training_step(precision)
+            with equations(), experts_by_ragged_dot():
+                steps[NEITHER], _ = training_step(precision)
+        rare = (RAGGED_DOT, NEITHER)  # many seconds each
+        taken = medians(steps | {shape: product(*shape, DTYPES[precision]) for shape in GEMMS}, repeats, rare)
         limit = max(2 * m * k * n / taken[m, k, n] for m, k, n in GEMMS)
         for what in steps:
             rate = run.batch_size * run.seq_len / taken[what]

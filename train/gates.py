@@ -31,15 +31,15 @@ CACHE = 4096
 
 
 def compile_cases() -> Iterator[CompileCase]:
-    """Yield a forward, a training step and a decode step of each released model."""
+    """Yield a forward, a training step and a decode step of each released model, on a GPU in FP8, too: there it has a unit."""
     for name in ("mini", "flash"):
         preset = PRESETS[f"ring-{name}-linear-2.0"]
         config = dataclasses.replace(preset, num_layers=preset.period, num_experts=NUM_EXPERTS)
-        for kernels in TARGETS:  # by name: one that refuses its case fails the gate
-            how = Numerics(aligned=False, dtype="bfloat16", kernels=kernels)
-            yield _forward(name, config, how)
+        for kernels, precision in (("pallas_tpu", "bf16"), ("pallas_gpu", "bf16"), ("pallas_gpu", "fp8")):
+            how = Numerics.of(precision, aligned=False, kernels=kernels)  # by name: one that refuses its case fails the gate
+            yield _forward(name, config, dataclasses.replace(how, gradients=False))
             yield _step(name, config, how)
-            yield _decode(name, config, how)
+            yield _decode(name, config, dataclasses.replace(how, gradients=False))
 
 
 def _shapes(config: ModelConfig, how: Numerics) -> tuple[Any, ...]:
@@ -65,7 +65,7 @@ def _case(
 ) -> CompileCase:
     per_token = flops.training_flops_per_token(config, TOKENS)
     return CompileCase(
-        kernel=f"model.{name}.{kind}",
+        kernel=f"model.{name}.{kind}{'.fp8' * how.fp8}",
         shape=f"{config.num_layers} layers, {tokens} tokens",
         targets=TARGETS[how.kernels],
         program=program,

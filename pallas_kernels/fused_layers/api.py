@@ -12,7 +12,7 @@ from pallas_kernels import dispatch
 from pallas_kernels.fused_layers import layers, pallas_gpu, pallas_tpu, xla
 from pallas_kernels.fused_layers.layers import FORMS
 from pallas_kernels.fused_layers.tile import Routing
-from pallas_kernels.scaled_matmul import QuantizedRows
+from pallas_kernels.scaled_matmul import Product, QuantizedRows
 
 PLAIN = ("plain",)
 
@@ -32,6 +32,11 @@ def _table(layer) -> dict[str, Any]:
 def _flat(x: jax.Array, num_axes: int = 1) -> jax.Array:
     """The rows, flat: the last `num_axes` axes are a row's."""
     return x.reshape(-1, *x.shape[x.ndim - num_axes :])
+
+
+def _flat_product(x: jax.Array | Product) -> jax.Array | Product:
+    """The rows, flat, of a product or any."""
+    return x._replace(y=_flat(x.y)) if isinstance(x, Product) else _flat(x)
 
 
 def _shaped(rows: jax.Array | QuantizedRows, lead: tuple[int, ...]) -> Any:
@@ -72,7 +77,7 @@ def residual_rms_norm(
 
 def gated_group_norm(
     o: Float[Array, "*rows D"],
-    gate: Float[Array, "*rows D"],
+    gate: Float[Array, "*rows D"] | Product,
     weight: Float[Array, " D"],
     *,
     num_groups: int,
@@ -84,18 +89,18 @@ def gated_group_norm(
     """Return the RMS norm of o over each of `num_groups` groups of channels, times the weight, times sigmoid(gate).
 
     The result has o's dtype, and so have the normed channels and their product with the weight. Differentiable in all three.
-    emit: see `residual_rms_norm`.
+    emit: see `residual_rms_norm`. A gate that is a product's in FP8 gets its gradient so, here and in the layers below.
     Raises ValueError if the groups do not divide the channels.
     """
     if o.shape[-1] % num_groups:
         raise ValueError(f"{num_groups} groups do not divide {o.shape[-1]} channels")
-    arguments = _flat(o), _flat(gate), weight, num_groups, eps, _form(emit)
+    arguments = _flat(o), _flat_product(gate), weight, num_groups, eps, _form(emit)
     out = dispatch.call("gated_group_norm", _table(layers.gated_group_norm), implementation, *arguments, aligned=aligned)
     return _shaped(out, o.shape[:-1])
 
 
 def swiglu(
-    gate_up: Float[Array, "*rows two_F"],
+    gate_up: Float[Array, "*rows two_F"] | Product,
     weight: Float[Array, "*rows"] | None = None,
     *,
     emit: tuple[str, ...] = PLAIN,
@@ -107,12 +112,12 @@ def swiglu(
     Differentiable in both. emit: see `residual_rms_norm`.
     """
     per_row = None if weight is None else weight.reshape(-1, 1)
-    out = dispatch.call("swiglu", _table(layers.swiglu), implementation, _flat(gate_up), per_row, _form(emit), aligned=aligned)
-    return _shaped(out, gate_up.shape[:-1])
+    out = dispatch.call("swiglu", _table(layers.swiglu), implementation, _flat_product(gate_up), per_row, _form(emit), aligned=aligned)
+    return _shaped(out, layers.plain(gate_up).shape[:-1])
 
 
 def qk_norm_rope(
-    qkv: Float[Array, "*rows F"],
+    qkv: Float[Array, "*rows F"] | Product,
     cos: Float[Array, "*rows half"],
     sin: Float[Array, "*rows half"],
     query_weight: Float[Array, " K"],
@@ -128,16 +133,16 @@ def qk_norm_rope(
     The first 2 half channels are rotated in pairs (j, j + half), the rest passes. Differentiable in qkv and the weights; cos and sin are
     constants. Raises ValueError if qkv is no such row.
     """
-    size, lead = query_weight.shape[0], qkv.shape[:-1]
-    if qkv.shape[-1] % size or qkv.shape[-1] // size <= 2 * num_kv_heads:
-        raise ValueError(f"{qkv.shape[-1]} columns are not the queries, keys and values of {num_kv_heads} key-value heads of {size}")
+    size, (*lead, columns) = query_weight.shape[0], layers.plain(qkv).shape
+    if columns % size or columns // size <= 2 * num_kv_heads:
+        raise ValueError(f"{columns} columns are not the queries, keys and values of {num_kv_heads} key-value heads of {size}")
     if 2 * cos.shape[-1] > size:
         raise ValueError(f"{cos.shape[-1]} pairs do not fit a head of {size} channels")
     q, k, v = dispatch.call(
         "qk_norm_rope",
         _table(layers.qk_norm_rope),
         implementation,
-        _flat(qkv),
+        _flat_product(qkv),
         _flat(cos),
         _flat(sin),
         query_weight,

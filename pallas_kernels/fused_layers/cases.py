@@ -11,7 +11,7 @@ from jax.typing import DTypeLike
 
 from pallas_kernels.aot.case import CompileCase
 from pallas_kernels.fused_layers import api, reference
-from pallas_kernels.scaled_matmul import QuantizedRows, quantize
+from pallas_kernels.scaled_matmul import Product, QuantizedRows, quantize
 
 EPS = 1e-6
 
@@ -146,14 +146,15 @@ def trained(layers: list[tuple[Callable, Case]], dtype: DTypeLike) -> tuple[Call
 
 
 def _both(layer: Callable, case: Case, arguments: Any, d_outs: Any) -> tuple[Any, Any]:
-    """A layer's results, and the gradients of its arguments that have one."""
+    """A layer's results, and the gradients of its arguments that have one; those of rows in FP8 come through their carriers."""
 
     def of_chosen(*values):
         full = list(arguments)
         for at, value in zip(case.differentiable, values, strict=True):
             full[at] = value
         outs = layer(*full)
-        return jax.tree.map(lambda x, d: x if d is not None else None, outs, d_outs, is_leaf=lambda x: x is None), outs
+        carried = jax.tree.map(lambda x: x.carrier if is_rows(x) else x, outs, is_leaf=is_rows)
+        return jax.tree.map(lambda x, d: x if d is not None else None, carried, d_outs, is_leaf=lambda x: x is None), outs
 
     _, pull_back, outs = jax.vjp(of_chosen, *(arguments[at] for at in case.differentiable), has_aux=True)
     return outs, pull_back(d_outs)
@@ -169,9 +170,13 @@ FEEDING = ("residual_rms_norm", "gated_group_norm", "swiglu")
 """Layers in front of products, which can emit FP8."""
 
 
+def is_rows(x: Any) -> bool:
+    """Return whether x is a layer's rows for products in FP8."""
+    return isinstance(x, QuantizedRows)
+
+
 def written(outs: Any) -> Any:
     """Return a layer's results without the carriers of gradients, which are no arrays of their own."""
-    is_rows = lambda x: isinstance(x, QuantizedRows)
     return jax.tree.map(lambda x: x._replace(carrier=None) if is_rows(x) else x, outs, is_leaf=is_rows)
 
 
@@ -192,6 +197,40 @@ def in_fp8(layers: list[Case], dtype: DTypeLike, implementation: str | None) -> 
         return [*outs[: len(outs) - ("plain" not in how["emit"])], quantize(outs[-1])] if how else outs
 
     return lambda arguments: [values(*layer, given) for layer, given in zip(emissions(layers), arguments, strict=True)]
+
+
+RETURNING = {"gated_group_norm": 1, "swiglu": 0, "qk_norm_rope": 0}
+"""Layers behind products in FP8, which want the gradient of this operand quantised both ways."""
+
+
+def trained_in_fp8(layers: list[Case], dtype: DTypeLike, implementation: str | None) -> tuple[Callable, tuple[Any, ...]]:
+    """Return a program of the values and gradients of layers between products in FP8, and the shapes of its arguments.
+
+    They emit rows and columns, and the gradients of products' results both ways; or their equations, then quantisation.
+    """
+    both_ways = lambda x: (quantize(x), quantize(x, transpose=True))
+
+    def fused(case: Case, how: dict[str, Any], given: Any, d_outs: Any) -> Any:
+        how = {"emit": (*how["emit"], "columns")} if how else {}
+        layer, at = case.function(dtype, **how, implementation=implementation), RETURNING.get(case.op)
+        given = [Product.of(x) if i == at else x for i, x in enumerate(given)]
+        outs, gradients = _both(layer, case, given, d_outs)
+        return written(outs), [(d.rows, d.columns) if isinstance(d, Product) else d for d in gradients]
+
+    def plain(case: Case, how: dict[str, Any], given: Any, d_outs: Any) -> Any:
+        outs, gradients = _both(equations_of(case, dtype), case, given, d_outs)
+        *outs, last = jax.tree.leaves(outs)
+        outs = [*outs, *([last] if not how or "plain" in how["emit"] else []), *(both_ways(last) if how else ())]
+        at = RETURNING.get(case.op)
+        return outs, [both_ways(d) if i == at else d for i, d in zip(case.differentiable, gradients, strict=True)]
+
+    one = fused if implementation else plain
+    _, (arguments, cotangents) = trained([(equations_of(case, dtype), case) for case in layers], dtype)
+
+    def run(arguments, cotangents):
+        return [one(*layer, given, d) for layer, given, d in zip(emissions(layers), arguments, cotangents, strict=True)]
+
+    return run, (arguments, cotangents)
 
 
 def program(case: Case, dtype: DTypeLike, backward: bool, **kwargs) -> tuple[Callable, tuple[Any, ...]]:
@@ -286,6 +325,23 @@ def compile_cases() -> Iterator[CompileCase]:
             bytes=sum(moved_bytes(case, jnp.bfloat16, False, **how) for case, how in emissions(layers)),
             flops=0,
             unfused=in_fp8(layers, jnp.bfloat16, None),
+            fewer_bytes=0.8,
+        )
+        run, arguments = trained_in_fp8(layers, jnp.bfloat16, "pallas_gpu")
+        yield CompileCase(
+            kernel="fused_layers.layer.fp8.trained",
+            shape=f"{model} {mixer} 8192",
+            targets=("h200",),
+            program=run,
+            arguments=arguments,
+            # A gradient of a product's result takes as many bytes in FP8, both ways, as plain.
+            bytes=sum(
+                moved_bytes(case, jnp.bfloat16, False, **({"emit": (*how["emit"], "columns")} if how else {}))
+                + moved_bytes(case, jnp.bfloat16, True)
+                for case, how in emissions(layers)
+            ),
+            flops=0,
+            unfused=trained_in_fp8(layers, jnp.bfloat16, None)[0],
             fewer_bytes=0.8,
         )
     for model, mixer, targets in (("mini", "linear", ("v5p", "h200")), ("mini", "softmax", ("h200",)), ("flash", "linear", ("v5p",))):

@@ -12,7 +12,7 @@ from jax.typing import DTypeLike
 
 from pallas_kernels.fused_layers import tile
 from pallas_kernels.fused_layers.rows import Out, Pass, Rows
-from pallas_kernels.scaled_matmul import Quantized, QuantizedRows
+from pallas_kernels.scaled_matmul import Product, Quantized, QuantizedRows
 
 FORMS = (("plain",), ("rows",), ("plain", "rows"), ("rows", "columns"), ("plain", "rows", "columns"))
 """What a layer in front of a product may emit; `emit` is one of them."""
@@ -52,6 +52,29 @@ def _gradient(d: jax.Array | QuantizedRows) -> jax.Array:
     if not isinstance(d, QuantizedRows):
         return d
     return d.carrier if d.plain is None else d.plain + d.carrier
+
+
+def plain(x: jax.Array | Product) -> jax.Array:
+    """Return the rows that a layer reads: a product's, or any."""
+    return x.y if isinstance(x, Product) else x
+
+
+def _kept(x: jax.Array | Product) -> jax.Array | Product:
+    """What of an operand is kept for the gradient: its rows, and whether theirs is wanted in FP8."""
+    return x._replace(rows=None, columns=None) if isinstance(x, Product) else x
+
+
+def _gradient_of(x: jax.Array | Product, pieces: int = 1) -> Out:
+    """The gradient of an operand as a result of a pass: in FP8, both ways, where a product takes it so."""
+    fp8, y = isinstance(x, Product), plain(x)
+    return Out((y.shape[1],), y.dtype, pieces, plain=not fp8, by_rows=fp8, by_columns=fp8)
+
+
+def _returned(x: jax.Array | Product, arrays: tuple[jax.Array, ...]) -> jax.Array | Product:
+    """The gradient of an operand, of its result's arrays."""
+    if not isinstance(x, Product):
+        return arrays[0]
+    return Product(jnp.zeros_like(x.y), Quantized(*arrays[:2]), Quantized(*arrays[2:]))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 4, 5, 6))
@@ -97,9 +120,9 @@ def gated_group_norm(run, o, gate, weight, num_groups, eps, emit):
 
 def _gated_forward(run, o, gate, weight, num_groups, eps, emit):
     gated = functools.partial(tile.gated, size=o.shape[1] // num_groups, eps=eps, dtype=o.dtype)
-    rows, weights, outs = (Rows((o,)), Rows((gate,))), (weight.reshape(num_groups, -1),), (_emitted(o.shape[1], o.dtype, emit),)
+    rows, weights, outs = (Rows((o,)), Rows((plain(gate),))), (weight.reshape(num_groups, -1),), (_emitted(o.shape[1], o.dtype, emit),)
     (out,), _ = run(Pass("gated_norm", gated, rows, weights, outs, parts=num_groups))
-    return _as_rows(out, o.dtype, emit), (o, gate, weight)
+    return _as_rows(out, o.dtype, emit), (o, _kept(gate), weight)
 
 
 def _gated_backward(run, num_groups, eps, emit, residuals, d):
@@ -107,11 +130,11 @@ def _gated_backward(run, num_groups, eps, emit, residuals, d):
     o, gate, weight = residuals
     d = _gradient(d)
     gradient = functools.partial(tile.gated_gradient, size=o.shape[1] // num_groups, eps=eps, dtype=o.dtype)
-    rows, weights = tuple(Rows((x,)) for x in (o, gate, d)), (weight.reshape(num_groups, -1),)
-    outs = tuple(Out((x.shape[1],), x.dtype) for x in (o, gate))
+    rows, weights = tuple(Rows((x,)) for x in (o, plain(gate), d)), (weight.reshape(num_groups, -1),)
+    outs = _gradient_of(o), _gradient_of(gate)
     call = Pass("gated_norm_gradient", gradient, rows, weights, outs, sums=1, parts=num_groups, gradient=True)
-    ((d_o,), (d_gate,)), (d_weight,) = run(call)
-    return d_o, d_gate, d_weight.reshape(-1).astype(weight.dtype)
+    ((d_o,), d_gate), (d_weight,) = run(call)
+    return d_o, _returned(gate, d_gate), d_weight.reshape(-1).astype(weight.dtype)
 
 
 gated_group_norm.defvjp(_differentiable(_gated_forward), _gated_backward)
@@ -124,20 +147,21 @@ def swiglu(run, gate_up, weight, emit):
 
 
 def _swiglu_forward(run, gate_up, weight, emit):
-    rows = (Rows((gate_up,), pieces=2), *(() if weight is None else (Rows((weight,), pieces=0),)))
-    (out,), _ = run(Pass("swiglu", tile.swiglu, rows, (), (_emitted(gate_up.shape[1] // 2, gate_up.dtype, emit),), parts=0))
-    return _as_rows(out, gate_up.dtype, emit), (gate_up, weight)
+    y = plain(gate_up)
+    rows = (Rows((y,), pieces=2), *(() if weight is None else (Rows((weight,), pieces=0),)))
+    (out,), _ = run(Pass("swiglu", tile.swiglu, rows, (), (_emitted(y.shape[1] // 2, y.dtype, emit),), parts=0))
+    return _as_rows(out, y.dtype, emit), (_kept(gate_up), weight)
 
 
 def _swiglu_backward(run, emit, residuals, d):
     del emit
     gate_up, weight = residuals
     d = _gradient(d)
-    rows, outs = (Rows((gate_up,), pieces=2),), (Out((gate_up.shape[1],), gate_up.dtype, pieces=2),)
+    rows, outs = (Rows((plain(gate_up),), pieces=2),), (_gradient_of(gate_up, pieces=2),)
     if weight is not None:
         rows, outs = (*rows, Rows((weight,), pieces=0)), (*outs, Out((), jnp.float32))
     found, _ = run(Pass("swiglu_gradient", tile.swiglu_gradient, (*rows, Rows((d,))), (), outs, parts=0, gradient=True))
-    return found[0][0], None if weight is None else found[1][0].sum(1, keepdims=True).astype(weight.dtype)
+    return _returned(gate_up, found[0]), None if weight is None else found[1][0].sum(1, keepdims=True).astype(weight.dtype)
 
 
 swiglu.defvjp(_differentiable(_swiglu_forward), _swiglu_backward)
@@ -162,38 +186,38 @@ def _tables(cos, sin, size: int) -> tuple[Rows, Rows]:
 
 
 def _heads_forward(run, qkv, cos, sin, query_weight, key_weight, num_kv_heads, eps):
-    size, half = query_weight.shape[0], cos.shape[1]
-    heads = qkv.shape[1] // size
+    size, half, y = query_weight.shape[0], cos.shape[1], plain(qkv)
+    heads = y.shape[1] // size
     weights = _head_weights(query_weight, key_weight, heads - 2 * num_kv_heads, num_kv_heads)
     columns = ((heads - 2 * num_kv_heads) * size, num_kv_heads * size, num_kv_heads * size)
     found, _ = run(
         Pass(
             "qk_norm_rope",
-            functools.partial(tile.heads, half=half, size=size, eps=eps, dtype=qkv.dtype),
-            (Rows((qkv,), half=half), *_tables(cos, sin, size)),
+            functools.partial(tile.heads, half=half, size=size, eps=eps, dtype=y.dtype),
+            (Rows((y,), half=half), *_tables(cos, sin, size)),
             (weights, tile.partner(weights, half)),
-            (Out(columns, qkv.dtype),),
+            (Out(columns, y.dtype),),
             parts=heads,
             copied=num_kv_heads,
         )
     )
-    return found[0], (qkv, cos, sin, query_weight, key_weight)
+    return found[0], (_kept(qkv), cos, sin, query_weight, key_weight)
 
 
 def _heads_backward(run, num_kv_heads, eps, residuals, gradients):
     qkv, cos, sin, query_weight, key_weight = residuals
-    size, half = query_weight.shape[0], cos.shape[1]
-    heads = qkv.shape[1] // size
+    size, half, y = query_weight.shape[0], cos.shape[1], plain(qkv)
+    heads = y.shape[1] // size
     spread = functools.partial(_head_weights, num_heads=heads - 2 * num_kv_heads, num_kv_heads=num_kv_heads)
     weights = spread(query_weight, key_weight)
     _, pull_back = jax.vjp(spread, *(w.astype(jnp.float32) for w in (query_weight, key_weight)))  # a sum over heads, rounded once
-    ((d_qkv,),), (d_weights,) = run(
+    (d_qkv,), (d_weights,) = run(
         Pass(
             "qk_norm_rope_gradient",
-            functools.partial(tile.heads_gradient, half=half, size=size, eps=eps, dtype=qkv.dtype),
-            (Rows(gradients, half=half), Rows((qkv,)), *_tables(cos, sin, size)),
+            functools.partial(tile.heads_gradient, half=half, size=size, eps=eps, dtype=y.dtype),
+            (Rows(gradients, half=half), Rows((y,)), *_tables(cos, sin, size)),
             (weights,),
-            (Out((qkv.shape[1],), qkv.dtype),),
+            (_gradient_of(qkv),),
             sums=1,
             gradient=True,
             parts=heads,
@@ -201,7 +225,7 @@ def _heads_backward(run, num_kv_heads, eps, residuals, gradients):
         )
     )
     d_query_weight, d_key_weight = (d.astype(weights.dtype) for d in pull_back(d_weights))
-    return d_qkv, jnp.zeros_like(cos), jnp.zeros_like(sin), d_query_weight, d_key_weight
+    return _returned(qkv, d_qkv), jnp.zeros_like(cos), jnp.zeros_like(sin), d_query_weight, d_key_weight
 
 
 qk_norm_rope.defvjp(_heads_forward, _heads_backward)

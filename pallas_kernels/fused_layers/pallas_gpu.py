@@ -86,10 +86,10 @@ def _kernel(*refs, call: Pass, parts: int, num: int, height: int, turns: int, nu
     def scales_of(x: jax.Array, axis: int) -> jax.Array:
         return group_scales(finite_magnitude(x).max(axis), False)
 
-    def by_rows(turn, where: Piece, quantised, x: jax.Array, dtype) -> None:
-        """Store pieces in FP8; a group of columns lies in one of them."""
+    def by_rows(turn, where: Piece, quantised, j: int, x: jax.Array, dtype) -> None:
+        """Store the j-th pieces in FP8; a group of columns lies in one of them."""
         values, scales = quantised
-        ((ref, size, slot, exists),) = windows(turn, where, [values], 0)
+        ((ref, size, slot, exists),) = windows(turn, where, [values], j)
         x = rounded(jnp.broadcast_to(x, size), dtype)
         if size[2] > GROUP:  # to cut nothing would cost shuffles
             x = x.reshape(height, num, size[2] // GROUP, GROUP)
@@ -103,17 +103,27 @@ def _kernel(*refs, call: Pass, parts: int, num: int, height: int, turns: int, nu
         exists += [group < groups] if size[2] != where.width else []
         triton.store(scales.at[(slot + at) * groups + group, turn * height + row], found, mask=_all(exists))
 
-    def by_columns(where: Piece, quantised, x: jax.Array, dtype) -> None:
-        """Store a piece of 128 x 128 in FP8 with a scale for each column, transposed."""
+    def by_columns(where: Piece, quantised, j: int, x: jax.Array, dtype) -> None:
+        """Store the j-th piece, of 128 x 128, in FP8 with a scale for each column, transposed."""
         values, scales = quantised
         x = x.astype(dtype).reshape(height, where.width).T.astype(jnp.float32)
         exists = None
         if num_rows % height:
             exists = first_row + lax.broadcasted_iota(jnp.int32, x.shape, 1) < num_rows
             x = jnp.where(exists, x, 0.0)
-        found, columns = scales_of(x, 1), pl.ds(part * where.width, where.width)
+        found, columns = scales_of(x, 1), pl.ds((j * parts + part) * where.width, where.width)
         triton.store(values.at[columns, pl.ds(0, height)], to_e4m3(x, found[:, None]), mask=exists)
         triton.store(scales.at[columns], found)
+
+    def emit(turn, out: Out, where: Piece, arrays, j: int, x: jax.Array) -> None:
+        """Store the j-th pieces in all forms."""
+        number = len(where.columns) * out.plain
+        if out.plain:
+            store(turn, where, arrays[:number], j, x)
+        if out.by_columns:
+            by_columns(where, arrays[-2:], j, x, out.dtype)
+        if out.by_rows:
+            by_rows(turn, where, arrays[number : number + 2], j, x, out.dtype)
 
     def compute(turn, totals):
         seen = []
@@ -126,18 +136,11 @@ def _kernel(*refs, call: Pass, parts: int, num: int, height: int, turns: int, nu
         results = list(call.tile(*seen, *factors))
         for out, where, arrays in outs:
             for j in range(out.pieces):
-                x = results.pop(0)
-                if out.plain:
-                    store(turn, where, arrays[: len(where.columns)], j, x)
-                if out.by_columns:
-                    by_columns(where, arrays[-2:], x, out.dtype)
-                if out.by_rows:
-                    first = len(where.columns) * out.plain
-                    by_rows(turn, where, arrays[first : first + 2], x, out.dtype)
+                emit(turn, out, where, arrays, j, results.pop(0))
         return [total + terms for total, terms in zip(totals, results, strict=True)]
 
     def copy(turn, carry):
-        store(turn, *outs[0][1:], 0, load(turn, *rows[0][1:], 0))
+        emit(turn, *outs[0], 0, load(turn, *rows[0][1:], 0))
         return carry
 
     factors = [_load(ref, _all(inside(ref.shape, width)))[None] for width, ref in weights]

@@ -1,6 +1,7 @@
 """Grouped FP8 products: the op on quantised operands, and the differentiable product built on it."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,8 +12,8 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels import dispatch
 from pallas_kernels.grouped_matmul import Groups, gather_groups
 from pallas_kernels.grouped_scaled_matmul import pallas_gpu, pallas_tpu, xla
-from pallas_kernels.scaled_matmul import Quantized, QuantizedRows, quantize, quantize_rows
-from pallas_kernels.scaled_matmul.quantized import GROUP, as_bytes, as_values, columns_of, result_dtype
+from pallas_kernels.scaled_matmul import Product, Quantized, QuantizedRows, quantize, quantize_rows
+from pallas_kernels.scaled_matmul.quantized import GROUP, as_bytes, as_values, columns_of, gradient_in_fp8, result_dtype
 
 IMPLEMENTATIONS = {"xla": xla.product, "pallas_tpu": pallas_tpu.product, "pallas_gpu": pallas_gpu.product}
 GRADIENT_IMPLEMENTATIONS = {"xla": xla.weight_gradient, "pallas_tpu": pallas_tpu.weight_gradient, "pallas_gpu": pallas_gpu.weight_gradient}
@@ -77,39 +78,40 @@ def fp8_grouped_matmul(
     row_tile: int,
     out_dtype: DTypeLike | None = None,
     power_of_two: bool = False,
+    returns_fp8: bool = False,
     implementation: str = "auto",
-) -> Float[Array, "rows N"]:
+) -> Float[Array, "rows N"] | Product:
     """Return `grouped_matmul(x, w, tiles)` of operands quantised to FP8: x per row and 128 columns, w per 128 x 128 block.
 
     Its gradients are FP8 products as well, as those of `scaled_matmul.fp8_matmul`: dx of dy by rows and the forward's blocks of w, dw of
     x and dy quantised along the rows. The forward keeps x in FP8 only, and w as it is. Rows of padding must be zero, as `gather_groups` and
-    `gather_quantized` leave them. x may be in FP8 already, as for `fp8_matmul`.
+    `gather_quantized` leave them. x may be in FP8 already, and the gradient come back so, as for `fp8_matmul`.
     """
     rows = quantize_rows(x, power_of_two=power_of_two)
     dtype = result_dtype(rows, out_dtype)
     operands = rows.carrier, *lax.stop_gradient((rows.quantized, rows.columns and as_bytes(rows.columns))), w, tiles
-    y: jax.Array = _fp8(*operands, row_tile, dtype, power_of_two, implementation)  # pyright: ignore
+    y: Any = _fp8(*operands, row_tile, dtype, power_of_two, returns_fp8, implementation)
     return y
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7, 8))
-def _fp8(x, rows, columns, w, tiles, row_tile, out_dtype, power_of_two, implementation):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7, 8, 9))
+def _fp8(x, rows, columns, w, tiles, row_tile, out_dtype, power_of_two, returns_fp8, implementation):
     """The product of `rows` and w; x, their carrier, and their columns are there for the gradients."""
     del x, columns
     blocks = quantize_groups(w, power_of_two=power_of_two)
-    return grouped_scaled_matmul(rows, blocks, tiles, row_tile=row_tile, out_dtype=out_dtype, implementation=implementation)
+    y = grouped_scaled_matmul(rows, blocks, tiles, row_tile=row_tile, out_dtype=out_dtype, implementation=implementation)
+    return Product.of(y) if returns_fp8 else y
 
 
 def _forward(x, rows, columns, w, tiles, *how):
     return _fp8(x, rows, columns, w, tiles, *how), (columns_of(x, columns, how[2]), w, tiles, jnp.zeros(0, x.dtype))
 
 
-def _backward(row_tile, out_dtype, power_of_two, implementation, residuals, dy):
+def _backward(row_tile, out_dtype, power_of_two, returns_fp8, implementation, residuals, dy):
     columns, w, tiles, like = residuals
     how = {"row_tile": row_tile, "implementation": implementation}
-    rows, blocks = quantize(dy, power_of_two=power_of_two), quantize_groups(w, transpose=False, power_of_two=power_of_two)
-    dx = grouped_scaled_matmul(rows, blocks, tiles, out_dtype=like.dtype, **how)
-    dy_columns = quantize(dy, transpose=True, power_of_two=power_of_two)
+    dy_rows, dy_columns = gradient_in_fp8(dy, power_of_two)
+    dx = grouped_scaled_matmul(dy_rows, quantize_groups(w, transpose=False, power_of_two=power_of_two), tiles, out_dtype=like.dtype, **how)
     return dx, None, None, grouped_weight_gradient(as_values(columns), dy_columns, tiles, out_dtype=w.dtype, **how), None
 
 

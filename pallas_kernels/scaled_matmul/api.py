@@ -1,6 +1,7 @@
 """FP8 products: the op on quantised operands, quantisation, and the differentiable product built on them."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,11 +13,13 @@ from pallas_kernels import dispatch
 from pallas_kernels.scaled_matmul import pallas_gpu, pallas_tpu, xla
 from pallas_kernels.scaled_matmul.quantized import (
     GROUP,
+    Product,
     Quantized,
     QuantizedRows,
     as_bytes,
     as_values,
     columns_of,
+    gradient_in_fp8,
     quantize,
     quantize_rows,
     result_dtype,
@@ -65,15 +68,17 @@ def fp8_matmul(
     *,
     out_dtype: DTypeLike | None = None,
     power_of_two: bool = False,
+    returns_fp8: bool = False,
     aligned: bool = False,
     implementation: str = "auto",
-) -> Float[Array, "*rows N"]:
+) -> Float[Array, "*rows N"] | Product:
     """Return x @ w [*rows, N] of operands quantised to FP8: x per row and 128 columns, w per 128 x 128 block (default dtype: that of x).
 
     Its gradients are FP8 products as well: dx = dy w^T with dy quantised per row and 128 columns of N and the forward's blocks of w,
     dw = x^T dy with both quantised along the rows. The forward keeps x in FP8 only; of w it keeps nothing but w, which lives anyway or
     is gathered again, and quantises it once more. Other arguments as in `scaled_matmul`, which also promises the rows' bits; gradients
-    promise none.
+    promise none. With `returns_fp8` the result is a `Product`, for a layer of `fused_layers` that emits dy in FP8, rows and columns; its
+    scales are no powers of two.
 
     x may be in FP8 already, as layers of `fused_layers` emit it, with scales that are no powers of two; without a carrier there is no
     default for `out_dtype`, and no gradient: both raise ValueError.
@@ -81,27 +86,28 @@ def fp8_matmul(
     rows = quantize_rows(x, power_of_two=power_of_two)
     dtype = result_dtype(rows, out_dtype)
     operands = rows.flat.carrier, *lax.stop_gradient((rows.quantized, rows.columns and as_bytes(rows.columns))), w
-    y: jax.Array = _fp8_matmul(*operands, dtype, power_of_two, aligned, implementation)  # pyright: ignore
-    return y.reshape(*rows.values.shape[:-1], w.shape[1])
+    y: Any = _fp8_matmul(*operands, dtype, power_of_two, returns_fp8, aligned, implementation)
+    shaped = lambda y: y.reshape(*rows.values.shape[:-1], w.shape[1])
+    return y._replace(y=shaped(y.y)) if returns_fp8 else shaped(y)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6, 7))
-def _fp8_matmul(x, rows, columns, w, out_dtype, power_of_two, aligned, implementation):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6, 7, 8))
+def _fp8_matmul(x, rows, columns, w, out_dtype, power_of_two, returns_fp8, aligned, implementation):
     """The product of `rows` and w; x, their carrier, and their columns are there for the gradients."""
     del x, columns
     blocks = quantize(w, block=True, transpose=True, power_of_two=power_of_two)
-    return scaled_matmul(rows, blocks, out_dtype=out_dtype, aligned=aligned, implementation=implementation)
+    y = scaled_matmul(rows, blocks, out_dtype=out_dtype, aligned=aligned, implementation=implementation)
+    return Product.of(y) if returns_fp8 else y
 
 
 def _forward(x, rows, columns, w, *how):
     return _fp8_matmul(x, rows, columns, w, *how), (columns_of(x, columns, how[1]), w, jnp.zeros(0, x.dtype))
 
 
-def _backward(out_dtype, power_of_two, aligned, implementation, residuals, dy):
+def _backward(out_dtype, power_of_two, returns_fp8, aligned, implementation, residuals, dy):
     columns, w, like = residuals
-    rows, blocks = quantize(dy, power_of_two=power_of_two), quantize(w, block=True, power_of_two=power_of_two)
-    dx = scaled_matmul(rows, blocks, out_dtype=like.dtype, implementation=implementation)
-    dy_columns = quantize(dy, transpose=True, power_of_two=power_of_two)
+    dy_rows, dy_columns = gradient_in_fp8(dy, power_of_two)
+    dx = scaled_matmul(dy_rows, quantize(w, block=True, power_of_two=power_of_two), out_dtype=like.dtype, implementation=implementation)
     return dx, None, None, scaled_matmul(as_values(columns), dy_columns, out_dtype=w.dtype, implementation=implementation)
 
 

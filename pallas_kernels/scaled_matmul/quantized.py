@@ -83,6 +83,24 @@ class QuantizedRows(NamedTuple):
         return QuantizedRows(carrier, values, jnp.maximum(move(scales.T).T, SMALLEST_SCALE), None, carrier)
 
 
+class Product(NamedTuple):
+    """A product's result y [*rows, N] whose gradient comes back in FP8, as the layer behind it emits it.
+
+    rows [M, N] and columns [N, M], of the M rows flat, are zeros that nothing reads: what the layer returns as their gradients is that of y,
+    quantised along its columns and along its rows, as the products of the gradient take it. That of y itself is not read.
+    """
+
+    y: Any
+    rows: Quantized | None
+    columns: Quantized | None
+
+    @classmethod
+    def of(cls, y: Float[Array, "M N"]) -> "Product":
+        """Return the result with what carries its gradient."""
+        zeros = lambda rows, depth: Quantized(jnp.zeros((rows, depth), jnp.float8_e4m3fn), jnp.zeros((-(-depth // GROUP), rows), jnp.float32))
+        return cls(y, zeros(*y.shape), zeros(*y.shape[::-1]))
+
+
 def group_scales(largest: jax.Array, power_of_two: bool) -> jax.Array:
     """Return the scales of groups whose largest finite magnitudes are given, fp32."""
     largest = jnp.maximum(largest.astype(jnp.float32), LARGEST * SMALLEST_SCALE)
@@ -157,6 +175,15 @@ def columns_of(carrier: Float[Array, "N K"] | None, columns: Quantized | None, p
     if carrier is None:
         raise ValueError("a product of rows in FP8 whose layer emitted neither plain rows nor columns has no gradient")
     return columns or as_bytes(quantize(carrier, transpose=True, power_of_two=power_of_two))
+
+
+def gradient_in_fp8(dy: Float[Array, "M N"] | Product, power_of_two: bool) -> tuple[Quantized, Quantized]:
+    """Return a result's gradient quantised along its columns, and along its rows: as the layer behind it did, if it did."""
+    if isinstance(dy, Product):
+        assert dy.rows
+        assert dy.columns
+        return dy.rows, dy.columns
+    return quantize(dy, power_of_two=power_of_two), quantize(dy, transpose=True, power_of_two=power_of_two)
 
 
 def result_dtype(rows: QuantizedRows, out_dtype: DTypeLike | None) -> Any:

@@ -13,7 +13,7 @@ from pallas_kernels import compat, fused_layers, tiles
 from pallas_kernels.fused_layers import cases, layers, reference
 from pallas_kernels.fused_layers.api import IMPLEMENTATIONS
 from pallas_kernels.fused_layers.cases import REFUSED, TEST_CASES
-from pallas_kernels.scaled_matmul import QuantizedRows, quantize
+from pallas_kernels.scaled_matmul import Product, QuantizedRows, fp8_matmul, quantize
 from pallas_kernels.scaled_matmul.quantized import GROUP
 from tests.pallas_kernels.programs import DTYPES, ON_GPU, in_float64, jit, jit_for_values, jit_of, random_like
 from tests.pallas_kernels.tolerances import assert_close, assert_same_bits
@@ -226,6 +226,62 @@ def test_gradients_flow_through_the_carrier(name):
         rows(arguments[0], ("fp4",))
 
 
+RETURNING = {name: (EMITTING[name], at) for name, at in (("gated", 1), ("swiglu", 0), ("swiglu_weighted", 0))}
+RETURNING["heads"] = TEST_CASES["heads"], 0
+"""Layers behind products, and which operand is a product's."""
+
+
+@pytest.mark.parametrize(
+    ("name", "implementation"),
+    [
+        *((name, "pallas_gpu") for name in RETURNING),
+        *((name, other) for name in ("gated", "swiglu", "heads") for other in ("xla", "pallas_tpu")),
+        *(pytest.param(name, "pallas_gpu", marks=ON_GPU, id=f"native-{name}") for name in RETURNING),
+    ],
+)
+def test_gradients_in_fp8_are_the_plain_ones_quantised(name, implementation, request):
+    """And the others are as they were, and those of a row are NaN where it is."""
+    case, at = RETURNING[name]
+    arguments = case.inputs(jnp.bfloat16)
+    layer = case.function(jnp.bfloat16, implementation=implementation)
+    d = random_like(jax.tree.leaves(jax.eval_shape(layer, *arguments)))
+    d[0] = d[0].at[2].set(jnp.nan)
+
+    def gradients(of, arguments):
+        """Of the operands that have some: of the one at `at`, as `of` has it."""
+        given = [of(x) if i == at else x for i, x in enumerate(arguments)]
+        found = jax.vjp(lambda given: jax.tree.leaves(layer(*given)), given)[1](d)[0]
+        return found[at], [x for i, x in enumerate(found) if i in case.differentiable and i != at]
+
+    plain, others = jit_of(implementation)(functools.partial(gradients, lambda x: x))(arguments)
+    fp8, same = jit_of(implementation)(functools.partial(gradients, Product.of))(arguments)
+    for one, other in zip(same, others, strict=True):  # a sum over columns may be cut elsewhere
+        assert one.dtype == other.dtype
+        np.testing.assert_allclose(np.asarray(one, np.float32), np.asarray(other, np.float32), rtol=1e-5, atol=1e-5)
+    assert not fp8.y.any()
+    for quantised, exact in ((fp8.rows, plain), (fp8.columns, plain.T)):
+        if "native" in request.node.name:
+            assert_close_to(quantised, exact)
+        else:
+            for one, other in zip(quantised, jax.jit(quantize)(exact), strict=True):
+                assert_equal(one, other)
+
+
+def test_a_products_gradient_in_fp8_is_what_it_would_make_of_it():
+    """The gradients of x, the weight and what is behind them, to the bit; the result is the same anyhow."""
+    case, at = RETURNING["heads"]
+    qkv, *others = case.inputs(jnp.float32)
+    x, w = random_like([jax.ShapeDtypeStruct((len(qkv), 256), jnp.float32), jax.ShapeDtypeStruct((256, qkv.shape[1]), jnp.float32)])
+
+    def run(x, w, returns_fp8):
+        outs, pull_back = jax.vjp(lambda x, w: case.function(jnp.float32)(fp8_matmul(x, w, returns_fp8=returns_fp8), *others), x, w)
+        return outs, pull_back(jax.tree.map(random_like, outs))
+
+    found, expected = (jit_for_values(functools.partial(run, returns_fp8=fp8))(x, w) for fp8 in (True, False))
+    assert_same_bits(found, expected)
+    assert all(d.any() for d in found[1])
+
+
 @pytest.mark.parametrize(("name", "mixer"), [("mini", "linear"), ("flash", "softmax")])
 def test_what_stands_between_the_products_of_a_layer(name, mixer):
     """The gates compare the bytes of two programs: of the layers, and of their equations."""
@@ -237,6 +293,9 @@ def test_what_stands_between_the_products_of_a_layer(name, mixer):
     assert shapes(fused) == shapes(plain)
     emitted, quantised = (cases.in_fp8(list(layers), jnp.bfloat16, how) for how in ("xla", None))
     flat = lambda program: [(x.shape, x.dtype) for x in jax.tree.leaves(jax.eval_shape(program, arguments[0]))]
+    assert sorted(map(str, flat(emitted))) == sorted(map(str, flat(quantised)))
+    emitted, quantised = (cases.trained_in_fp8(list(layers), jnp.bfloat16, how)[0] for how in ("xla", None))
+    flat = lambda program: [(x.shape, x.dtype) for x in jax.tree.leaves(jax.eval_shape(program, *arguments))]
     assert sorted(map(str, flat(emitted))) == sorted(map(str, flat(quantised)))
 
 
