@@ -329,7 +329,7 @@ class FusedLayersGpu(NamedTuple):
 FUSED_LAYERS_GPU = MappingProxyType({"h200": FusedLayersGpu(4096, 32, 32, 8), "cpu": FusedLayersGpu(128, 8, 8, 4)})
 FUSED_LAYERS_GPU_HEADS = MappingProxyType({"h200": FusedLayersGpu(2048, 4, 32, 4), "cpu": FusedLayersGpu(512, 2, 8, 4)})
 """Where channels of a head are exchanged."""
-FUSED_LAYERS_GPU_COLUMNS = MappingProxyType({kind: FusedLayersGpu(128 * 128, 1, 128, 16) for kind in ("h200", "cpu")})
-"""Where columns of 128 rows share a scale in FP8: a program has 128 x 128 entries."""
+FUSED_LAYERS_GPU_COLUMNS = MappingProxyType({kind: FusedLayersGpu(2048, 1, 128, 4) for kind in ("h200", "cpu")})
+"""Where columns of 128 rows share a scale in FP8: a program walks 128 rows of 128 columns."""
 FUSED_LAYERS_GPU_REDUCING = MappingProxyType({"h200": FusedLayersGpu(1024, 1, 32, 4), "cpu": FusedLayersGpu(128, 1, 8, 4)})
 """Where a row is reduced many times: it is in one warp."""

@@ -18,7 +18,7 @@ from jax.experimental.pallas import triton
 from pallas_kernels import tiles
 from pallas_kernels.compat import interpreted
 from pallas_kernels.fused_layers.rows import Out, Pass, Piece, grouped, moved, pieces, quantised_after, shapes
-from pallas_kernels.fused_layers.tile import Lanes, rounded
+from pallas_kernels.fused_layers.tile import Lanes
 from pallas_kernels.scaled_matmul.quantized import GROUP, finite_magnitude, group_scales, to_e4m3
 
 
@@ -86,11 +86,11 @@ def _kernel(*refs, call: Pass, parts: int, num: int, height: int, turns: int, nu
     def scales_of(x: jax.Array, axis: int) -> jax.Array:
         return group_scales(finite_magnitude(x).max(axis), False)
 
-    def by_rows(turn, where: Piece, quantised, j: int, x: jax.Array, dtype) -> None:
+    def by_rows(turn, where: Piece, quantised, j: int, x: jax.Array) -> None:
         """Store the j-th pieces in FP8; a group of columns lies in one of them."""
         values, scales = quantised
         ((ref, size, slot, exists),) = windows(turn, where, [values], j)
-        x = rounded(jnp.broadcast_to(x, size), dtype)
+        x = jnp.broadcast_to(x, size).astype(jnp.float32)
         if size[2] > GROUP:  # to cut nothing would cost shuffles
             x = x.reshape(height, num, size[2] // GROUP, GROUP)
         found = scales_of(x, -1)
@@ -103,29 +103,30 @@ def _kernel(*refs, call: Pass, parts: int, num: int, height: int, turns: int, nu
         exists += [group < groups] if size[2] != where.width else []
         triton.store(scales.at[(slot + at) * groups + group, turn * height + row], found, mask=_all(exists))
 
-    def by_columns(where: Piece, quantised, j: int, x: jax.Array, dtype) -> None:
-        """Store the j-th piece, of 128 x 128, in FP8 with a scale for each column, transposed."""
-        values, scales = quantised
-        x = x.astype(dtype).reshape(height, where.width).T.astype(jnp.float32)
-        exists = None
-        if num_rows % height:
-            exists = first_row + lax.broadcasted_iota(jnp.int32, x.shape, 1) < num_rows
-            x = jnp.where(exists, x, 0.0)
-        found, columns = scales_of(x, 1), pl.ds((j * parts + part) * where.width, where.width)
-        triton.store(values.at[columns, pl.ds(0, height)], to_e4m3(x, found[:, None]), mask=exists)
-        triton.store(scales.at[columns], found)
-
     def emit(turn, out: Out, where: Piece, arrays, j: int, x: jax.Array) -> None:
-        """Store the j-th pieces in all forms."""
+        """Store the j-th pieces as they are and by rows."""
         number = len(where.columns) * out.plain
         if out.plain:
             store(turn, where, arrays[:number], j, x)
-        if out.by_columns:
-            by_columns(where, arrays[-2:], j, x, out.dtype)
         if out.by_rows:
-            by_rows(turn, where, arrays[number : number + 2], j, x, out.dtype)
+            by_rows(turn, where, arrays[number : number + 2], j, x)
 
-    def compute(turn, totals):
+    def rows_in_fp8(turn, out: Out, x: jax.Array) -> jax.Array:
+        """A part's piece of 128 columns, whose columns are quantised: rows that there are not are zero."""
+        x = x.astype(out.dtype).reshape(height, GROUP).astype(jnp.float32)
+        exists = first_row + turn * height + lax.broadcasted_iota(jnp.int32, x.shape, 0) < num_rows
+        return jnp.where(exists, x, 0.0) if num_rows % GROUP else x
+
+    def store_columns(turn, out: Out, where: Piece, arrays, j: int, x: jax.Array, scales: jax.Array) -> None:
+        """Store a piece transposed, with its columns' scales."""
+        quantised = to_e4m3(rows_in_fp8(turn, out, x), scales).T
+        exists = first_row + turn * height + lax.broadcasted_iota(jnp.int32, quantised.shape, 1) < num_rows
+        columns = pl.ds((j * parts + part) * GROUP, GROUP)
+        triton.store(arrays[-2].at[columns, pl.ds(turn * height, height)], quantised, mask=exists if num_rows % GROUP else None)
+        triton.store(arrays[-1].at[columns], scales)
+
+    def computed(turn) -> list[Any]:
+        """What the tile function returns."""
         seen = []
         for operand, where, arrays in rows:
             for j in range(operand.pieces or 1):
@@ -133,34 +134,46 @@ def _kernel(*refs, call: Pass, parts: int, num: int, height: int, turns: int, nu
                 if operand.half:
                     partner = load(turn, where, arrays, j, operand.half)
                     seen.append(Lanes(lambda f, own=(), other=(), partner=partner: f(partner, *other)))
-        results = list(call.tile(*seen, *factors))
-        for out, where, arrays in outs:
-            for j in range(out.pieces):
-                emit(turn, out, where, arrays, j, results.pop(0))
-        return [total + terms for total, terms in zip(totals, results, strict=True)]
+        return list(call.tile(*seen, *factors))
 
-    def copy(turn, carry):
-        emit(turn, *outs[0], 0, load(turn, *rows[0][1:], 0))
-        return carry
+    def copied(turn) -> list[Any]:
+        """The first result's piece, and sums to which nothing is added."""
+        return [load(turn, *rows[0][1:], 0), *(jnp.zeros((height, *ref.shape), jnp.float32) for ref in sums)]
 
-    factors = [_load(ref, _all(inside(ref.shape, width)))[None] for width, ref in weights]
-    walk = lambda turn, carry: lax.fori_loop(0, turns, turn, carry) if turns > 1 else turn(0, carry)
+    def one_part(results_of, stored: list[tuple[Out, Piece, Any, int]]) -> None:
+        """Walk the rows. Columns in FP8 want the largest of all of them first: they are walked again, computed again, out of a cache."""
+        in_columns = [i for i, (out, *_) in enumerate(stored) if out.by_columns]
 
-    def computed() -> None:
-        totals = walk(compute, [jnp.zeros((height, *ref.shape), jnp.float32) for ref in sums])
+        def first(turn, carry):
+            totals, largest = carry
+            results = results_of(turn)
+            for each, x in zip(stored, results, strict=False):
+                emit(turn, *each, x)
+            magnitudes = [finite_magnitude(rows_in_fp8(turn, stored[i][0], results[i])).max(0) for i in in_columns]
+            added = zip(totals, results[len(stored) :], strict=True)
+            return [total + terms for total, terms in added], list(map(jnp.maximum, largest, magnitudes))
+
+        def second(turn, scales):
+            results = results_of(turn)
+            for i, each in zip(in_columns, scales, strict=True):
+                store_columns(turn, *stored[i], results[i], each)
+            return scales
+
+        walk = lambda turn, carry: lax.fori_loop(0, turns, turn, carry) if turns > 1 else turn(0, carry)
+        start = [jnp.zeros((height, *ref.shape), jnp.float32) for ref in sums], [jnp.zeros(GROUP, jnp.float32) for _ in in_columns]
+        totals, largest = walk(first, start)
         for (width, _), ref, total in zip(weights, sums, totals, strict=False):
             triton.store(ref, total.sum(0), mask=_all(inside(ref.shape, width)))
+        if in_columns:
+            walk(second, [group_scales(x, False) for x in largest])
 
-    def copied() -> None:
-        walk(copy, 0)
-        for (width, _), ref in zip(weights, sums, strict=False):
-            triton.store(ref, jnp.zeros(ref.shape, jnp.float32), mask=_all(inside(ref.shape, width)))
-
+    factors = [_load(ref, _all(inside(ref.shape, width)))[None] for width, ref in weights]
+    stored = [(out, where, arrays, j) for out, where, arrays in outs for j in range(out.pieces)]
     if call.copied:
-        pl.when(part < parts - call.copied)(computed)
-        pl.when(part >= parts - call.copied)(copied)
+        pl.when(part < parts - call.copied)(lambda: one_part(computed, stored))
+        pl.when(part >= parts - call.copied)(lambda: one_part(copied, stored[:1]))
     else:
-        computed()
+        one_part(computed, stored)
 
 
 def _layouts(out: Out, where: Piece) -> list[str]:
@@ -185,12 +198,14 @@ def run(call: Pass) -> tuple[list[tuple[jax.Array, ...]], list[jax.Array]]:
         tiles.FUSED_LAYERS_GPU_HEADS if exchanged else tiles.FUSED_LAYERS_GPU_REDUCING if call.turns else tiles.FUSED_LAYERS_GPU
     )
     parts = _parts(call, choice.entries)
-    if any((out.by_rows or out.by_columns) and pieces(out, parts).width % GROUP for out in call.outs):
+    emitting = [out for out in call.outs if out.by_rows or out.by_columns]
+    if any(pieces(out, parts).width % GROUP for out in emitting):
         return quantised_after(run, call)
-    by_columns = any(out.by_columns for out in call.outs)
-    if call.parts and (by_columns or any(out.by_rows and not out.plain for out in call.outs)):
-        # A norm wants all of a row, which 128 rows have no room for. And how a sum is taken could depend on what is stored: whatever is
-        # wanted in FP8, its rows come from one program.
+    by_columns = any(out.by_columns for out in emitting)
+    if call.parts and (by_columns or (not call.gradient and any(not out.plain for out in emitting))):
+        # A norm's part may be wider than the columns of which a program can quantise 128 rows, and to compute it twice costs more than
+        # to read it. And how a sum is taken could depend on what is stored: whatever is wanted of a forward in FP8, its rows come from
+        # one program.
         return quantised_after(run, call, by_rows=False)
     if by_columns:
         choice, parts = tiles.of(tiles.FUSED_LAYERS_GPU_COLUMNS), _parts(call, GROUP)
@@ -203,8 +218,8 @@ def run(call: Pass) -> tuple[list[tuple[jax.Array, ...]], list[jax.Array]]:
     common = math.gcd(parts, call.copied, *counts)
     num = min(common & -common, max(1, choice.entries // widest), choice.parts)
     height = max(1, choice.entries // (widest * num))
-    turns = max(1, choice.rows // height) if call.sums else 1
-    assert not by_columns or (height, widest, num, turns) == (GROUP, GROUP, 1, 1)
+    turns = max(1, choice.rows // height) if call.sums or by_columns else 1
+    assert not by_columns or (height * turns, widest, num) == (GROUP, GROUP, 1)
     num_blocks = pl.cdiv(num_rows, height * turns)
 
     def of_rows(shape: tuple[int, ...], layout: str = "rows") -> pl.BlockSpec:
