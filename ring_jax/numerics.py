@@ -93,7 +93,8 @@ class Numerics:
             how = {"row_tile": row_tile, "out_dtype": self.dtype, "implementation": self.kernels}
             product = functools.partial(fp8_grouped_matmul, tiles=groups.tiles, **how)
             y = product(gather_quantized(quantize_rows(x), groups, num_slots), w_in, returns_fp8=self.gradients)
-            return product(between(y, **self.ops), w_out)
+            out: Any = product(between(y, **self.ops), w_out)
+            return out
         assert isinstance(x, jax.Array)
         return grouped_mlp(x, w_in, w_out, groups, num_slots, between, row_tile=row_tile, **self.ops)
 

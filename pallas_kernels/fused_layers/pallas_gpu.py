@@ -105,7 +105,7 @@ def _kernel(*refs, call: Pass, parts: int, num: int, height: int, turns: int, nu
 
     def emit(turn, out: Out, where: Piece, arrays, j: int, x: jax.Array) -> None:
         """Store the j-th pieces as they are and by rows."""
-        number = len(where.columns) * out.plain
+        number, x = len(where.columns) * out.plain, x.astype(out.dtype)
         if out.plain:
             store(turn, where, arrays[:number], j, x)
         if out.by_rows:

@@ -86,8 +86,8 @@ class QuantizedRows(NamedTuple):
 class Product(NamedTuple):
     """A product's result y [*rows, N] whose gradient comes back in FP8, as the layer behind it emits it.
 
-    rows [M, N] and columns [N, M], of the M rows flat, are zeros that nothing reads: what the layer returns as their gradients is that of y,
-    quantised along its columns and along its rows, as the products of the gradient take it. That of y itself is not read.
+    rows [M, N] and columns [N, M], of the M rows flat, are zeros that nothing reads: what the layer returns as their gradients is that
+    of y, quantised along its columns and along its rows, as the products of the gradient take it. That of y itself is not read.
     """
 
     y: Any
@@ -97,8 +97,8 @@ class Product(NamedTuple):
     @classmethod
     def of(cls, y: Float[Array, "M N"]) -> "Product":
         """Return the result with what carries its gradient."""
-        zeros = lambda rows, depth: Quantized(jnp.zeros((rows, depth), jnp.float8_e4m3fn), jnp.zeros((-(-depth // GROUP), rows), jnp.float32))
-        return cls(y, zeros(*y.shape), zeros(*y.shape[::-1]))
+        zeros = lambda x: Quantized(jnp.zeros(x.shape, jnp.float8_e4m3fn), jnp.zeros((-(-x.shape[1] // GROUP), x.shape[0]), jnp.float32))
+        return cls(y, zeros(y), zeros(y.T))
 
 
 def group_scales(largest: jax.Array, power_of_two: bool) -> jax.Array:
