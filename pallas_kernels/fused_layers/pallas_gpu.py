@@ -117,13 +117,16 @@ def _kernel(*refs, call: Pass, parts: int, num: int, height: int, turns: int, nu
         exists = first_row + turn * height + lax.broadcasted_iota(jnp.int32, x.shape, 0) < num_rows
         return jnp.where(exists, x, 0.0) if num_rows % GROUP else x
 
-    def store_columns(turn, out: Out, where: Piece, arrays, j: int, x: jax.Array, scales: jax.Array) -> None:
-        """Store a piece transposed, with its columns' scales."""
+    def columns_of(j: int):
+        """The rows of the transposed array that are a part's j-th piece, of 128 columns."""
+        return pl.ds((j * parts + part) * GROUP, GROUP)
+
+    def store_columns(turn, out: Out, arrays, j: int, x: jax.Array, scales: jax.Array) -> None:
+        """Store a piece transposed."""
         quantised = to_e4m3(rows_in_fp8(turn, out, x), scales).T
         exists = first_row + turn * height + lax.broadcasted_iota(jnp.int32, quantised.shape, 1) < num_rows
-        columns = pl.ds((j * parts + part) * GROUP, GROUP)
-        triton.store(arrays[-2].at[columns, pl.ds(turn * height, height)], quantised, mask=exists if num_rows % GROUP else None)
-        triton.store(arrays[-1].at[columns], scales)
+        window = arrays[-2].at[columns_of(j), pl.ds(turn * height, height)]
+        triton.store(window, quantised, mask=exists if num_rows % GROUP else None)
 
     def computed(turn) -> list[Any]:
         """What the tile function returns."""
@@ -142,21 +145,21 @@ def _kernel(*refs, call: Pass, parts: int, num: int, height: int, turns: int, nu
 
     def one_part(results_of, stored: list[tuple[Out, Piece, Any, int]]) -> None:
         """Walk the rows. Columns in FP8 want the largest of all of them first: they are walked again, computed again, out of a cache."""
-        in_columns = [i for i, (out, *_) in enumerate(stored) if out.by_columns]
+        in_columns = [(i, out, arrays, j) for i, (out, _, arrays, j) in enumerate(stored) if out.by_columns]
 
         def first(turn, carry):
             totals, largest = carry
             results = results_of(turn)
             for each, x in zip(stored, results, strict=False):
                 emit(turn, *each, x)
-            magnitudes = [finite_magnitude(rows_in_fp8(turn, stored[i][0], results[i])).max(0) for i in in_columns]
+            magnitudes = [finite_magnitude(rows_in_fp8(turn, out, results[i])).max(0) for i, out, *_ in in_columns]
             added = zip(totals, results[len(stored) :], strict=True)
             return [total + terms for total, terms in added], list(map(jnp.maximum, largest, magnitudes))
 
         def second(turn, scales):
             results = results_of(turn)
-            for i, each in zip(in_columns, scales, strict=True):
-                store_columns(turn, *stored[i], results[i], each)
+            for (i, out, arrays, j), own in zip(in_columns, scales, strict=True):
+                store_columns(turn, out, arrays, j, results[i], own)
             return scales
 
         walk = lambda turn, carry: lax.fori_loop(0, turns, turn, carry) if turns > 1 else turn(0, carry)
@@ -164,8 +167,11 @@ def _kernel(*refs, call: Pass, parts: int, num: int, height: int, turns: int, nu
         totals, largest = walk(first, start)
         for (width, _), ref, total in zip(weights, sums, totals, strict=False):
             triton.store(ref, total.sum(0), mask=_all(inside(ref.shape, width)))
+        scales = [group_scales(x, False) for x in largest]
+        for (_, _, arrays, j), own in zip(in_columns, scales, strict=True):
+            triton.store(arrays[-1].at[columns_of(j)], own)
         if in_columns:
-            walk(second, [group_scales(x, False) for x in largest])
+            walk(second, scales)
 
     factors = [_load(ref, _all(inside(ref.shape, width)))[None] for width, ref in weights]
     stored = [(out, where, arrays, j) for out, where, arrays in outs for j in range(out.pieces)]
