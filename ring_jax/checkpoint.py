@@ -79,7 +79,9 @@ def _drop_late_errors(report: Any = sys.unraisablehook) -> None:
         return str(error) == "Event loop is closed" or "ocdbt" in str(error).lower()
 
     sys.unraisablehook = lambda unraisable: None if is_late(unraisable.exc_value) else report(unraisable)
-    logging.getLogger("asyncio").addFilter(lambda record: not (record.exc_info and is_late(record.exc_info[1])))
+    # It logs errors of tasks that nobody waits for any more: several of a save's files may find the disk full.
+    unwanted = lambda error: is_late(error) or isinstance(error, OSError)
+    logging.getLogger("asyncio").addFilter(lambda record: not (record.exc_info and unwanted(record.exc_info[1])))
 
 
 _drop_late_errors()
