@@ -9,7 +9,7 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from pallas_kernels.fused_layers import route, swiglu
+from pallas_kernels.fused_layers import route
 from pallas_kernels.grouped_matmul import (
     Groups,
     combine_groups,
@@ -106,8 +106,7 @@ class MoE(nnx.Module):
         gate_up, down = self.gate_up[...], self.down[...]
         row_tile = row_tile_for(experts.size, gate_up.shape[0], aligned=self.numerics.aligned)
         groups = group_rows(experts.reshape(-1), gate_up.shape[0], row_tile)
-        gated = functools.partial(swiglu, emit=self.numerics.emit())
-        return self.numerics.grouped_mlp(rows, gate_up, down, groups, experts.shape[1], gated, row_tile), groups
+        return self.numerics.grouped_mlp(rows, gate_up, down, groups, experts.shape[1], row_tile), groups
 
 
 def balance(bias: Float[Array, "*layers E"], load: Float[Array, "*layers E"], rate: float) -> Float[Array, "*layers E"]:

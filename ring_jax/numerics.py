@@ -11,6 +11,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from pallas_kernels.compat import compiler_options, dot_operand
+from pallas_kernels.fused_layers import swiglu
 from pallas_kernels.grouped_matmul import Groups, grouped_mlp
 from pallas_kernels.grouped_scaled_matmul import fp8_grouped_matmul, gather_quantized
 from pallas_kernels.matmul import itself, matmul
@@ -85,7 +86,6 @@ class Numerics:
         w_out: jax.Array,
         groups: Groups,
         num_slots: int,
-        between: Callable,
         row_tile: int,
     ) -> jax.Array:
         """Return `grouped_mlp` of tokens x [N, D], in the precision of products."""
@@ -93,10 +93,10 @@ class Numerics:
             how = {"row_tile": row_tile, "out_dtype": self.dtype, "implementation": self.kernels}
             product = functools.partial(fp8_grouped_matmul, tiles=groups.tiles, **how)
             y = product(gather_quantized(quantize_rows(x), groups, num_slots), w_in, returns_fp8=self.gradients)
-            out: Any = product(between(y, **self.ops), w_out)
+            out: Any = product(swiglu(y, emit=self.emit(), **self.ops), w_out)
             return out
         assert isinstance(x, jax.Array)
-        return grouped_mlp(x, w_in, w_out, groups, num_slots, between, row_tile=row_tile, **self.ops)
+        return grouped_mlp(x, w_in, w_out, groups, num_slots, row_tile=row_tile, **self.ops)
 
 
 def name(x: Any, label: str) -> Any:

@@ -8,7 +8,7 @@ import pkgutil
 import re
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -26,7 +26,7 @@ class CompileCase(NamedTuple):
     nothing spills, `instruction` (a regular expression) is in the PTX, the estimate is at most `floor_ratio` times the floor, and the
     program's peak memory at most `memory` bytes. `turns`: how often a kernel's loops turn, by its name, on average, where
     that is data. `unfused`: the same without kernels; of the bytes that it moves as the compiler fuses it, the program with kernels may
-    move at most the part `fewer_bytes`.
+    move at most the part `fewer_bytes`. `products`: where that program has products, too, these alone: what they move does not count.
     """
 
     kernel: str
@@ -43,6 +43,7 @@ class CompileCase(NamedTuple):
     quick: bool = False
     turns: Mapping[str, int] = MappingProxyType({})
     unfused: Callable | None = None
+    products: Callable | None = None
     fewer_bytes: float | None = None
 
 
@@ -119,16 +120,19 @@ def _array_bytes(array: tuple[str, str, str]) -> int:
 
 
 def row(
-    case: CompileCase, chip: Chip, compiled: Any, kernels: list[dict[str, Any]], moved: Sequence[float] = (), unfused: Any = None
+    case: CompileCase, chip: Chip, compiled: Any, kernels: list[dict[str, Any]], moves: Sequence[float], others: Mapping[str, tuple[float, Any]]
 ) -> dict[str, Any]:
     """Return the record of a compiled case. Its estimate is the sum of its kernels' (each counted once, however often it runs).
 
-    moved: bytes of every call of a kernel, to which those of the program's other operations are added; unfused: the compiled `unfused`.
+    moves: bytes of every call of a kernel, to which those of the program's other operations are added. others: of the case's `unfused` and
+    `products`, what their kernels move, and the compiled program.
     """
     memory = compiled.memory_analysis()
     sizes = {name: getattr(memory, f"{name}_size_in_bytes") for name in ("argument", "output", "alias", "temp")}
-    accessed = lambda program: hlo_bytes(program.as_text())
-    compared = {"moved": sum(moved) + accessed(compiled), "unfused": accessed(unfused)} if unfused else {}
+    others = {"moved": (sum(moves), compiled), **others} if others else {}
+    compared = {name: by_kernels + hlo_bytes(program.as_text()) for name, (by_kernels, program) in others.items()}
+    if "products" in compared:
+        compared["moved"] -= compared.pop("products")
     return compared | {
         "kernels": kernels,
         "estimate": sum(k["estimate"] for k in kernels),
@@ -136,6 +140,16 @@ def row(
         "memory": sizes["argument"] + sizes["output"] - sizes["alias"] + sizes["temp"],
         "sizes": sizes,
     }
+
+
+def kernels_of(traced: Any) -> Iterator[Any]:
+    """Yield the equations of a traced program that call a kernel."""
+    return (equation for equation in equations(traced.jaxpr) if equation.primitive.name == "pallas_call")
+
+
+def others_of(case: CompileCase) -> dict[str, Callable]:
+    """Return the programs that a case's is compared with."""
+    return {name: program for name in ("unfused", "products") if (program := getattr(case, name))}
 
 
 def serve(compile_case: Callable[[CompileCase, str, str], dict[str, Any]], arguments: Sequence[str]) -> None:

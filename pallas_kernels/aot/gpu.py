@@ -180,6 +180,12 @@ def _compiled(case: gates.CompileCase, program: Any, target: str, folder: str) -
         return traced, traced.lower(lowering_platforms=("cuda",)).compile(compiler_options=options)
 
 
+def moved_bytes(call: Any) -> float:
+    """Return the bytes that a kernel's call moves by its cost estimate, or all of its operands and results."""
+    cost, arrays = call.params["cost_estimate"], [x.aval for x in (*call.invars, *call.outvars)]
+    return cost.bytes_accessed if cost else sum(x.size * x.dtype.itemsize for x in arrays)
+
+
 def compile_case(case: gates.CompileCase, target: str, folder: str) -> dict[str, Any]:
     """Return the row of a case, compiled for one GPU."""
     traced, compiled = _compiled(case, case.program, target, folder)
@@ -190,12 +196,8 @@ def compile_case(case: gates.CompileCase, target: str, folder: str) -> dict[str,
     sequence = "\n".join(path.read_text(encoding="utf-8") for path in pathlib.Path(folder).glob("*thunk_sequence.txt"))
     launches = re.findall(r"(\w+) grid: \[(\d+), (\d+), (\d+)\] threads: \[(\d+).*?shared_memory: (\d+)", sequence)
     kernels, moves = [], []
-    for equation in compat.equations(traced.jaxpr):
-        if equation.primitive.name != "pallas_call":
-            continue
-        name = equation.params["name"]
-        cost, arrays = equation.params["cost_estimate"], [x.aval for x in (*equation.invars, *equation.outvars)]
-        moved = cost.bytes_accessed if cost else sum(x.size * x.dtype.itemsize for x in arrays)  # pyright: ignore[reportAttributeAccessIssue]
+    for equation in gates.kernels_of(traced):
+        name, moved = equation.params["name"], moved_bytes(equation)
         moves.append(moved)
         launch = next((launch for launch in launches if gates.is_named(launch[0], name)), None)
         if launch is None:
@@ -207,8 +209,9 @@ def compile_case(case: gates.CompileCase, target: str, folder: str) -> dict[str,
         record = {"kernel": name, "grid": grid, "threads": threads, "memory": shared, "moved": moved}
         record |= {key: counted[key] for key in ("known", "issued", "instructions", "sequence")} | report
         kernels.append(record | {"times": times, "estimate": max(times.values())})
-    unfused = _compiled(case, case.unfused, target, folder)[1] if case.unfused else None
-    return gates.row(case, CHIPS[target], compiled, kernels, moves, unfused)
+    others = {name: _compiled(case, program, target, folder) for name, program in gates.others_of(case).items()}
+    others = {name: (sum(map(moved_bytes, gates.kernels_of(traced))), program) for name, (traced, program) in others.items()}
+    return gates.row(case, CHIPS[target], compiled, kernels, moves, others)
 
 
 if __name__ == "__main__":

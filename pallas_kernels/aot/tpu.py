@@ -116,9 +116,7 @@ def compile_case(case: gates.CompileCase, target: str, folder: str) -> dict[str,
         )
     )
     kernels, moves = [], []
-    for equation in compat.equations(traced.jaxpr):
-        if equation.primitive.name != "pallas_call":
-            continue
+    for equation in gates.kernels_of(traced):
         name, mapping, semantics = (equation.params[key] for key in ("name", "grid_mapping", "compiler_params"))
         grid, semantics = tuple(mapping.grid), getattr(semantics, "dimension_semantics", None) or ()
         moved = moved_bytes(grid, mapping)
@@ -139,8 +137,10 @@ def compile_case(case: gates.CompileCase, target: str, folder: str) -> dict[str,
             "estimate": max(times.values()),
         }
         kernels.append(record)
-    unfused = _compiled(case, case.unfused, target)[1] if case.unfused else None
-    return gates.row(case, chip, compiled, kernels, moves, unfused)
+    others = {name: _compiled(case, program, target) for name, program in gates.others_of(case).items()}
+    moved_by = lambda call: moved_bytes(tuple(call.params["grid_mapping"].grid), call.params["grid_mapping"])
+    others = {name: (sum(map(moved_by, gates.kernels_of(traced))), program) for name, (traced, program) in others.items()}
+    return gates.row(case, chip, compiled, kernels, moves, others)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from jax.typing import DTypeLike
 
 from pallas_kernels.aot.case import CompileCase
 from pallas_kernels.fused_layers import api, reference
+from pallas_kernels.grouped_matmul.cases import ACTIVE, allotted_rows, experts_of
 from pallas_kernels.scaled_matmul import Product, QuantizedRows, quantize
 
 EPS = 1e-6
@@ -124,10 +125,14 @@ def model_cases(name: str, num: int) -> dict[str, Case]:
 
 
 def between_products(name: str, num: int, mixer: str) -> list[Case]:
-    """Return what stands between the products of a released model's layer with experts over `num` rows."""
+    """Return what stands between the products of a released model's layer with experts over `num` rows.
+
+    The last two are the SwiGLU of the routed experts, of rows as `group_rows` allots them, and of the shared one.
+    """
     of, F = model_cases(name, num), {"mini": 512, "flash": 1024}[name]
+    routed, shared = swiglu(allotted_rows(num * ACTIVE), F), swiglu(num, F)
     mixed = [of["qk_norm_rope linear"], of["gated_group_norm"]] if mixer == "linear" else [of["qk_norm_rope"]]
-    return [of["residual_rms_norm"], *mixed, of["residual_rms_norm"], of["route"], of["swiglu expert"], swiglu(num, F)]
+    return [of["residual_rms_norm"], *mixed, of["residual_rms_norm"], of["route"], routed, shared]
 
 
 def trained(layers: list[tuple[Callable, Case]], dtype: DTypeLike) -> tuple[Callable, tuple[Any, ...]]:
@@ -197,6 +202,23 @@ def in_fp8(layers: list[Case], dtype: DTypeLike, implementation: str | None) -> 
         return [*outs[: len(outs) - ("plain" not in how["emit"])], quantize(outs[-1])] if how else outs
 
     return lambda arguments: [values(*layer, given) for layer, given in zip(emissions(layers), arguments, strict=True)]
+
+
+def trained_beside_experts(model: str, layers: list[Case], target: str) -> tuple[Callable, Callable | None, tuple[Any, ...]]:
+    """Return a program of the values and gradients of `between_products`, what of it are products alone, and the arguments of these.
+
+    On a GPU the experts' SwiGLU is a part of their products: there these are computed, too.
+    """
+    on_gpu = target == "h200"
+    own = [case for i, case in enumerate(layers) if not on_gpu or i != len(layers) - 2]
+    how = {"implementation": "pallas_gpu" if on_gpu else "pallas_tpu"}
+    between, _ = trained([(case.function(jnp.bfloat16, **how), case) for case in own], jnp.bfloat16)
+    if not on_gpu:
+        return lambda arguments, cotangents, given: between(arguments, cotangents), None, ()
+    experts = experts_of(model, 8192, **how)
+    others = lambda x: [*x[:-2], x[-1]]
+    run = lambda arguments, cotangents, given: (between(others(arguments), others(cotangents)), experts.program(*given))
+    return run, lambda arguments, cotangents, given: experts.products(*given), experts.arguments
 
 
 RETURNING = {"gated_group_norm": 1, "swiglu": 0, "qk_norm_rope": 0}
@@ -348,16 +370,16 @@ def compile_cases() -> Iterator[CompileCase]:
         layers = between_products(model, 8192, mixer)
         plain, arguments = trained([(equations_of(case, jnp.bfloat16), case) for case in layers], jnp.bfloat16)
         for target in targets:
-            how = {"implementation": "pallas_gpu" if target == "h200" else "pallas_tpu"}
-            run, _ = trained([(case.function(jnp.bfloat16, **how), case) for case in layers], jnp.bfloat16)
+            run, products, given = trained_beside_experts(model, layers, target)
             yield CompileCase(
                 kernel="fused_layers.layer.trained",
                 shape=f"{model} {mixer} 8192",
                 targets=(target,),
                 program=run,
-                arguments=arguments,
+                arguments=(*arguments, given),
                 bytes=sum(moved_bytes(case, jnp.bfloat16, backward) for case in layers for backward in (False, True)),
                 flops=0,
-                unfused=plain,
-                fewer_bytes=0.8,
+                unfused=lambda arguments, cotangents, given, plain=plain: plain(arguments, cotangents),
+                products=products,
+                fewer_bytes=1 / 1.5,
             )

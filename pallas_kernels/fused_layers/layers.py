@@ -180,9 +180,7 @@ def _head_weights(query_weight, key_weight, num_heads: int, num_kv_heads: int) -
 
 def _tables(cos, sin, size: int) -> tuple[Rows, Rows]:
     """The rotation of each channel of a head [N, K]: cosines, and sines with their sign; the rest of the channels is left alone."""
-    rest = jnp.zeros((cos.shape[0], size - 2 * cos.shape[1]), cos.dtype)
-    full = (jnp.concatenate([cos, cos, rest], axis=1), jnp.concatenate([-sin, sin, rest], axis=1))
-    return Rows((full[0],), pieces=0), Rows((full[1],), pieces=0)
+    return Rows((cos,), pieces=0, spread=(size, 1)), Rows((sin,), pieces=0, spread=(size, -1))
 
 
 def _heads_forward(run, qkv, cos, sin, query_weight, key_weight, num_kv_heads, eps):

@@ -78,6 +78,14 @@ def _kernel(*refs, call: Pass, parts: int, num: int, height: int, turns: int, nu
             found.append(_load(window, _all(exists)))
         return functools.reduce(jnp.add, found)  # where there are several arrays, all but one gave zeros
 
+    def load_spread(turn, where: Piece, ref, width: int, sign: int) -> jax.Array:
+        """An operand that all parts share, spread over the channels as it is loaded."""
+        row, lane = (lax.broadcasted_iota(jnp.int32, (height, 1, _power_of_two(width)), axis) for axis in (0, 2))
+        exists = [first_row + turn * height + row < num_rows] if num_rows % (height * turns) else []
+        exists += [lane < 2 * where.width] if lane.shape[2] != 2 * where.width else []
+        x = _load(ref.at[turn * height + row, jnp.zeros_like(row), lax.rem(lane, jnp.int32(where.width))], _all(exists))
+        return x if sign == 1 else jnp.where(lane < where.width, sign * x, x)
+
     def store(turn, where: Piece, arrays, j: int, x: jax.Array) -> None:
         for ref, size, slot, exists in windows(turn, where, arrays, j):
             window = ref.at[pl.ds(turn * height, height), pl.ds(slot, num), pl.ds(0, size[2])]
@@ -132,6 +140,9 @@ def _kernel(*refs, call: Pass, parts: int, num: int, height: int, turns: int, nu
         """What the tile function returns."""
         seen = []
         for operand, where, arrays in rows:
+            if operand.spread:
+                seen.append(load_spread(turn, where, *arrays, *operand.spread))
+                continue
             for j in range(operand.pieces or 1):
                 seen.append(load(turn, where, arrays, j))
                 if operand.half:

@@ -14,7 +14,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import tiles
 from pallas_kernels.compat import dot_operand, interpreted
-from pallas_kernels.fused_layers.rows import Pass, Piece, grouped, moved, pieces, quantised_after, shapes
+from pallas_kernels.fused_layers.rows import Pass, Piece, grouped, moved, pieces, quantised_after, shapes, spread_before
 from pallas_kernels.fused_layers.tile import Lanes
 
 _LANES, _SUBLANES = 128, 8
@@ -111,7 +111,7 @@ def run(call: Pass) -> tuple[list[tuple[jax.Array, ...]], list[jax.Array]]:
         return quantised_after(run, call)
     if call.turns:
         return _run_turned(call)
-    choice = tiles.of(tiles.FUSED_LAYERS_TPU)
+    call, choice = spread_before(call), tiles.of(tiles.FUSED_LAYERS_TPU)
     parts = _parts(call, choice.columns)
     for operand in (*call.rows, *call.outs):
         where = pieces(operand, parts)

@@ -21,12 +21,13 @@ class Rows(NamedTuple):
     """An operand: arrays [N, columns], whose columns follow each other.
 
     `pieces` of each part, or 0 if all parts share the columns. With `half` the tile function also gets, behind each piece, its
-    `tile.Lanes`.
+    `tile.Lanes`. With `spread` (a width, a sign) the parts share one array's columns x as sign x | x | 0, of that width.
     """
 
     arrays: tuple[jax.Array, ...]
     pieces: int = 1
     half: int = 0
+    spread: tuple[int, int] | None = None
 
 
 class Out(NamedTuple):
@@ -80,6 +81,19 @@ class Piece(NamedTuple):
                 return array, column
             column -= size
         raise AssertionError(f"no piece {slot} of width {self.width} in columns {self.columns}")
+
+
+def spread_before(call: Pass) -> Pass:
+    """Return the pass of a backend that spreads no operand itself."""
+
+    def spread(operand: Rows) -> Rows:
+        if operand.spread is None:
+            return operand
+        (x,), (width, sign) = operand.arrays, operand.spread
+        rest = jnp.zeros((x.shape[0], width - 2 * x.shape[1]), x.dtype)
+        return Rows((jnp.concatenate([sign * x, x, rest], axis=1),), operand.pieces)
+
+    return call._replace(rows=tuple(map(spread, call.rows)))
 
 
 def pieces(operand: Rows | Out, parts: int) -> Piece:

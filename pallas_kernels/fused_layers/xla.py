@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.compat import pin
 from pallas_kernels.fused_layers import tile
-from pallas_kernels.fused_layers.rows import Pass, grouped, pieces, quantised_after
+from pallas_kernels.fused_layers.rows import Pass, grouped, pieces, quantised_after, spread_before
 from pallas_kernels.matmul import map_row_tiles
 
 
@@ -15,7 +15,7 @@ def run(call: Pass, *, aligned: bool) -> tuple[list[tuple[jax.Array, ...]], list
     """See `rows.Run`. Gradients, and layers without a reduction, treat all rows at once: a loop over tiles is many times slower."""
     if any(out.by_rows or out.by_columns for out in call.outs):
         return quantised_after(functools.partial(run, aligned=aligned), call)
-    parts = call.parts or 1
+    call, parts = spread_before(call), call.parts or 1
     computed = parts - call.copied
     # No axis of size 1: with one XLA's CPU compiler (jax 0.10) fuses a row's sum into what reads it, and computes it again and again.
     axes = (parts,) if parts > 1 else ()

@@ -3,13 +3,12 @@
 groups = group_rows(expert_ids.reshape(-1), num_experts, row_tile)                  # where each (token, slot) goes
 rows = gather_grouped_matmul(x, w, groups, num_slots, row_tile=row_tile)            # tokens -> products of rows sorted by expert
 rows = grouped_matmul(rows, w, groups.tiles, row_tile=row_tile)
-rows = grouped_mlp(x, w_in, w_out, groups, num_slots, swiglu, row_tile=row_tile)    # both, and what stands between them
+rows = grouped_mlp(x, w_in, w_out, groups, num_slots, row_tile=row_tile)            # both, and the SwiGLU between them
 y = combine_groups(rows, groups, weights)                                           # back to the tokens
 """
 
 import functools
 import math
-from collections.abc import Callable
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -17,6 +16,7 @@ from jaxtyping import Array, Float, Int, Shaped
 
 from pallas_kernels import dispatch
 from pallas_kernels import tiles as tables
+from pallas_kernels.fused_layers import swiglu
 from pallas_kernels.grouped_matmul import pallas_gpu, pallas_tpu, xla
 from pallas_kernels.grouped_matmul.xla import take_rows
 
@@ -124,39 +124,39 @@ def gather_grouped_matmul(
     return dispatch.call("grouped_matmul", IMPLEMENTATIONS, implementation, x, w, groups.tiles, moves, row_tile=row_tile)
 
 
-def _in_one_loop(x, w_in, w_out, groups, num_slots, between, **how):
-    return xla.grouped_mlp(x, w_in, w_out, groups, _moves(x.shape[0], groups, num_slots), between, **how)
+def _chained(x, w_in, w_out, tiles, moves, *, row_tile, aligned):
+    """A TPU's kernel for each product, and one between them, or plain JAX where that refuses the experts' width."""
+    product = functools.partial(pallas_tpu.grouped_matmul, tiles=tiles, row_tile=row_tile)
+    hidden = swiglu(product(x, w_in, moves=moves), aligned=aligned, implementation="pallas")
+    return product(hidden, w_out, moves=None)
 
 
-def _chained(x, w_in, w_out, groups, num_slots, between, *, row_tile, aligned, implementation):
-    """A kernel for each product, and one between them; each may take another implementation where it is not named."""
-    how = {"row_tile": row_tile, "implementation": implementation}
-    y = gather_grouped_matmul(x, w_in, groups, num_slots, **how)
-    return grouped_matmul(between(y, aligned=aligned, implementation=implementation), w_out, groups.tiles, **how)
+def _fused(*args, aligned, **how):
+    """A GPU's kernels, whose tile is the same in fast numerics."""
+    del aligned
+    return pallas_gpu.grouped_mlp(*args, **how)
+
+
+MLP_IMPLEMENTATIONS = {"xla": xla.grouped_mlp, "pallas_tpu": _chained, "pallas_gpu": _fused}
 
 
 def grouped_mlp(
     x: Float[Array, "N D"],
-    w_in: Float[Array, "E D F_in"],
+    w_in: Float[Array, "E D two_F"],
     w_out: Float[Array, "E F D_out"],
     groups: Groups,
     num_slots: int,
-    between: Callable,
     *,
     row_tile: int,
     aligned: bool = False,
     implementation: str = "auto",
 ) -> Float[Array, "rows D_out"]:
-    """Return the second product of each row's group, between(x w_in) w_out: its expert; x and rows as in `gather_grouped_matmul`.
+    """Return each row's expert, swiglu(x w_in) w_out with the matrices of its group; x and rows as in `gather_grouped_matmul`.
 
-    `between` is an op that treats each row by itself, [R, F_in] -> [R, F], as `swiglu` does, and takes `aligned` and `implementation`;
-    in plain JAX it is a part of the tile. Rows past the last tile hold anything. With `aligned` a row's bits do not depend on the others.
-    Differentiable in x and both weights.
+    Rows past the last tile hold anything. With `aligned` a row's bits do not depend on the others. Differentiable in x and both weights.
     """
-    chained = functools.partial(_chained, implementation=implementation)
-    table = {name: _in_one_loop if name == "xla" else chained for name in IMPLEMENTATIONS}
-    how = {"row_tile": row_tile, "aligned": aligned}
-    return dispatch.call("grouped_mlp", table, implementation, x, w_in, w_out, groups, num_slots, between, **how)
+    moves, how = _moves(x.shape[0], groups, num_slots), {"row_tile": row_tile, "aligned": aligned}
+    return dispatch.call("grouped_mlp", MLP_IMPLEMENTATIONS, implementation, x, w_in, w_out, groups.tiles, moves, **how)
 
 
 def combine_groups(

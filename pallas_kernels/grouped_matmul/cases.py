@@ -1,7 +1,7 @@
 """Named shapes of the grouped product, shared by the tests and the benchmark."""
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -86,6 +86,9 @@ def compile_cases() -> Iterator[CompileCase]:
     yield _compile("backward", "mini gate_up", 8192, "pallas_tpu")
     for num in (8192, 64):
         yield _compile_combine(num)
+    for name in ("mini", "flash"):
+        yield _compile_experts(name, 8192)
+    yield _compile_experts("mini", 64)
 
 
 def _compile_combine(num: int) -> CompileCase:
@@ -114,6 +117,62 @@ def _compile_combine(num: int) -> CompileCase:
         bytes=2 * width * (num * (ACTIVE + 1) + num + 2 * num_rows),
         flops=4 * assigned * width,
         floor_ratio=1.35 if num > 64 else None,
+    )
+
+
+class Experts(NamedTuple):
+    """The experts of a released model over so many tokens, with gradients: `program`, the products in it alone, and the arguments of both.
+
+    These are x, both matrices, the groups, and for the products alone the hidden rows and the gradient of the first product; then that of
+    the result.
+    """
+
+    program: Callable[..., Any]
+    products: Callable[..., Any]
+    arguments: tuple[Any, ...]
+
+
+def experts_of(name: str, num: int, implementation: str) -> Experts:
+    """Return the experts of "mini" or "flash"."""
+    from pallas_kernels.grouped_matmul.api import gather_grouped_matmul, grouped_matmul, grouped_mlp
+
+    (D, two_F), (F, _) = COMPILE_SIZES[f"{name} gate_up"], COMPILE_SIZES[f"{name} down"]
+    array = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+    num_rows, how = allotted_rows(num * ACTIVE), {"row_tile": ROW_TILE, "implementation": implementation}
+
+    def with_gradients(op, arguments, d):
+        out, pull_back = jax.vjp(op, *arguments)
+        return out, pull_back(d)
+
+    def program(x, w_in, w_out, groups, hidden, d_gate_up, d_out):
+        return with_gradients(lambda *a: grouped_mlp(*a, groups, ACTIVE, **how), (x, w_in, w_out), d_out)
+
+    def products(x, w_in, w_out, groups, hidden, d_gate_up, d_out):
+        first = with_gradients(lambda x, w: gather_grouped_matmul(x, w, groups, ACTIVE, **how), (x, w_in), d_gate_up)
+        return first, with_gradients(lambda x, w: grouped_matmul(x, w, groups.tiles, **how), (hidden, w_out), d_out)
+
+    matrices = array(num, D), array(EXPERTS, D, two_F), array(EXPERTS, F, D)
+    rows = (array(num_rows, size) for size in (F, two_F, D))
+    return Experts(program, products, (*matrices, _groups(num * ACTIVE), *rows))
+
+
+def _compile_experts(name: str, num: int) -> CompileCase:
+    """The experts whole: with SwiGLU in the first product, and its gradient in the second's."""
+    experts = experts_of(name, num, "pallas_gpu")
+    (D, two_F), (F, _) = COMPILE_SIZES[f"{name} gate_up"], COMPILE_SIZES[f"{name} down"]
+    assigned, matrices = num * ACTIVE, EXPERTS * D * (two_F + F)
+    return CompileCase(
+        kernel="grouped_matmul.experts",
+        shape=f"{name} {num}",
+        targets=("h200",),
+        program=experts.program,
+        arguments=experts.arguments,
+        # Forward: x, gate_up, hidden twice, y. Gradient: what is kept and both gradients of the products' results, read for either operand.
+        bytes=2 * (3 * matrices + num * D * 3 + assigned * (two_F * 5 + F * 3 + D * 4)),
+        flops=6 * assigned * D * (two_F + F),
+        floor_ratio={8192: 2.5, 64: 1.5}[num],
+        instruction=r"wgmma\..*m64n128k16",
+        quick=(name, num) == ("mini", 64),
     )
 
 

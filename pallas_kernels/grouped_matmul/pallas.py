@@ -67,6 +67,14 @@ def visits(tiles: jax.Array, num_rows: int, row_tile: int, block: int, every_gro
     return Visits(matrix, source, target, jnp.where(own, first[group], num_rows), jnp.where(own, last[group], 0))
 
 
+def _operands(*arrays: jax.Array) -> list[jax.Array]:
+    """The operands as products take them: on a CPU weights are held so."""
+    arrays = [dot_operand(x) for x in arrays]
+    if len({x.dtype for x in arrays}) > 1 or arrays[0].dtype not in ("bfloat16", "float32"):
+        raise NotImplementedError(f"the operands are {' and '.join(str(x.dtype) for x in arrays)}, not all bfloat16 or float32")
+    return arrays
+
+
 def grouped_matmul(product: Callable, weight_gradient: Callable, x, w, tiles, moves, *, row_tile):
     """See `api.grouped_matmul`; with `moves` (token [rows], destination [N, A]) the rows are those of x [N, D] that `token` names.
 
@@ -74,9 +82,7 @@ def grouped_matmul(product: Callable, weight_gradient: Callable, x, w, tiles, mo
     weight_gradient(x, dy, tiles, token, row_tile) sums over each group's rows.
     """
     dtype = x.dtype
-    x, w = dot_operand(x), dot_operand(w)  # on a CPU weights are held as products take them
-    if x.dtype != w.dtype or x.dtype not in ("bfloat16", "float32"):
-        raise NotImplementedError(f"the operands are {x.dtype} and {w.dtype}, not both bfloat16 or float32")
+    x, w = _operands(x, w)
     token, destination = moves or (None, None)
 
     @jax.custom_vjp
@@ -95,3 +101,32 @@ def grouped_matmul(product: Callable, weight_gradient: Callable, x, w, tiles, mo
 
     run.defvjp(forward, backward)
     return run(x, w, tiles, token, destination).astype(dtype)
+
+
+def grouped_mlp(product: Callable, gated: Callable, gated_gradient: Callable, weight_gradient: Callable, x, w_in, w_out, tiles, moves, *, row_tile):
+    """See `api.grouped_mlp`; `moves`, product and weight_gradient as in `grouped_matmul`.
+
+    gated(x, w_in, tiles, token, row_tile) returns the first product and its SwiGLU; gated_gradient(d_out, w_out, tiles, first product,
+    row_tile) the gradient of the former.
+    """
+    dtype = x.dtype
+    x, w_in, w_out = _operands(x, w_in, w_out)
+    token, destination = moves
+
+    @jax.custom_vjp
+    def run(x, w_in, w_out, tiles, token, destination):
+        return forward(x, w_in, w_out, tiles, token, destination)[0]
+
+    def forward(x, w_in, w_out, tiles, token, destination):
+        gate_up, hidden = gated(x, w_in, tiles, token, row_tile)
+        return product(hidden, w_out, tiles, None, 0, row_tile), (x, gate_up, hidden, w_in, w_out, tiles, token, destination)
+
+    def backward(residuals, d_out):
+        x, gate_up, hidden, w_in, w_out, tiles, token, destination = residuals
+        d_gate_up = gated_gradient(d_out, w_out, tiles, gate_up, row_tile)
+        dx = xla.sum_rows(product(d_gate_up, w_in, tiles, None, 1, row_tile), destination)
+        d_w_in = weight_gradient(x, d_gate_up, tiles, token, row_tile)
+        return dx, d_w_in, weight_gradient(hidden, d_out, tiles, None, row_tile), None, None, None
+
+    run.defvjp(forward, backward)
+    return run(x, w_in, w_out, tiles, token, destination).astype(dtype)

@@ -2,11 +2,13 @@
 
 A group's rows are cut into tiles from its first row on, and a list of (group, first row, end) says whose tile a program has. Rows of the
 next group are masked, so groups may begin anywhere; the rows may also be gathered as they are loaded. The programs of a tile's columns
-start together: they share its rows, and those of a group's next tile its matrix, in the L2 cache.
+start together: they share its rows, and those of a group's next tile its matrix, in the L2 cache. A program of an expert's first product
+has the same columns of gate and up and leaves their SwiGLU, too; one of the gradient of its second leaves that of gate and up.
 """
 
 import functools
-from typing import Any
+import math
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +19,7 @@ from jax.experimental.pallas import triton
 from pallas_kernels import tiles as tables
 from pallas_kernels import triton_dot
 from pallas_kernels.compat import interpreted
+from pallas_kernels.fused_layers.tile import swiglu, swiglu_gradient
 from pallas_kernels.grouped_matmul import pallas, tile
 
 
@@ -45,37 +48,77 @@ def _rows(ref, token_ref, start, end, num_rows: int, columns, num_columns: int):
     return triton.load(ref.at[index], mask=mask, other=0)
 
 
-def _product_kernel(group_ref, start_ref, end_ref, *refs, contract, size):
-    *token_ref, x_ref, w_ref, out_ref = refs
-    token_ref = token_ref[0] if token_ref else None
-    num_groups, terms, num_columns = w_ref.shape[0], w_ref.shape[1 + contract], w_ref.shape[2 - contract]
-    visit = pl.program_id(1)
-    group, start, end = group_ref[visit], start_ref[visit], end_ref[visit]
-    columns = pl.ds(pl.program_id(0) * size.columns, size.columns)
+class _Place(NamedTuple):
+    """Where a program's tile lies in a matrix: rows from `row`, columns from `column`, and which of its entries are the program's own."""
 
-    def matrix(depth):
+    row: jax.Array
+    column: jax.Array
+    mask: jax.Array
+
+    def _of(self, ref, behind: int):
+        num_rows, num_columns = self.mask.shape
+        return ref.at[pl.ds(self.row, num_rows), pl.ds(behind + self.column, num_columns)]
+
+    def load(self, ref, behind: int = 0) -> jax.Array:
+        return triton.load(self._of(ref, behind), mask=self.mask, other=0)
+
+    def store(self, ref, y: jax.Array, behind: int = 0) -> None:
+        triton.store(self._of(ref, behind), y.astype(ref.dtype), mask=self.mask)
+
+
+def _store(place: _Place, out_ref, y) -> None:
+    place.store(out_ref, y)
+
+
+def _store_gated(place: _Place, y_ref, hidden_ref, *gate_up) -> None:
+    """The product gate | up, which the gradient wants, and the SwiGLU of its rounded numbers."""
+    gate, up = (y.astype(y_ref.dtype) for y in gate_up)
+    place.store(y_ref, gate)
+    place.store(y_ref, up, hidden_ref.shape[1])
+    place.store(hidden_ref, swiglu(gate, up)[0])
+
+
+def _store_gated_gradient(place: _Place, y_ref, d_ref, *gradients) -> None:
+    """The gradient of gate | up of the hidden rows' gradient."""
+    half = d_ref.shape[1] // 2
+    for block, d in enumerate(gradients):
+        behind = block * (half // len(gradients))
+        for first, part in zip((0, half), swiglu_gradient(place.load(y_ref, behind), place.load(y_ref, half + behind), d), strict=True):
+            place.store(d_ref, part, first + behind)
+
+
+def _product_kernel(group_ref, start_ref, end_ref, *refs, contract, size, gathered, blocks, finish):
+    """`blocks` blocks of columns, as far apart as they divide the matrix; finish(place in the first, refs, their products) stores."""
+    token_ref, (x_ref, w_ref, *refs) = (refs[0], refs[1:]) if gathered else (None, refs)
+    num_groups, terms, num_columns = w_ref.shape[0], w_ref.shape[1 + contract], w_ref.shape[2 - contract] // blocks
+    visit, width = pl.program_id(1), size.columns // blocks
+    group, start, end = group_ref[visit], start_ref[visit], end_ref[visit]
+    column = pl.program_id(0) * width
+
+    def matrix(depth, block):
+        columns = pl.ds(block * num_columns + column, width)
         index: tuple[Any, Any] = (columns, depth) if contract else (depth, columns)
         masks = []
-        for axis, (at, most) in enumerate(zip(index, w_ref.shape[1:], strict=True)):
-            if most % at.size:
-                masks.append(jnp.expand_dims(at.start + jnp.arange(at.size) < most, 1 - axis))
+        for axis, (first, length, most) in enumerate(((column, width, num_columns), (depth.start, size.depth, terms))[:: 1 if contract else -1]):
+            if most % length:
+                masks.append(jnp.expand_dims(first + jnp.arange(length) < most, 1 - axis))
         if not masks:
             return w_ref[group, *index]
         mask = jnp.broadcast_to(functools.reduce(jnp.logical_and, masks), tuple(at.size for at in index))
         return triton.load(w_ref.at[group, *index], mask=mask, other=0)
 
-    def add_part(part, total):
+    def add_part(part, totals):
         depth = pl.ds(part * size.depth, size.depth)
         x = _rows(x_ref, token_ref, start, end, size.rows, depth, terms)
-        return tile.product(x, matrix(depth), contract, total, _dot)
+        return [tile.product(x, matrix(depth, block), contract, total, _dot) for block, total in enumerate(totals)]
 
-    def store(y):
+    def store(totals):
         inside = (start + jnp.arange(size.rows) < end)[:, None]
-        if num_columns % size.columns:
-            inside &= (columns.start + jnp.arange(size.columns) < num_columns)[None]
-        triton.store(out_ref.at[pl.ds(start, size.rows), columns], y.astype(out_ref.dtype), mask=jnp.broadcast_to(inside, y.shape))
+        if num_columns % width:
+            inside &= (column + jnp.arange(width) < num_columns)[None]
+        finish(_Place(start, column, jnp.broadcast_to(inside, (size.rows, width))), *refs, *totals)
 
-    zeros = jnp.zeros((size.rows, size.columns), jnp.float32)
+    zeros = [jnp.zeros((size.rows, width), jnp.float32)] * blocks
 
     @pl.when(group < num_groups)
     def _of_a_group():
@@ -86,22 +129,43 @@ def _product_kernel(group_ref, start_ref, end_ref, *refs, contract, size):
         store(zeros)
 
 
-def product(x, w, tiles, token, contract, row_tile):
-    """Return each row times its group's matrix, contracting axis `contract` of that; the tile depends on neither rows nor groups."""
+def _products(name, finish, x, w, tiles, token, contract, row_tile, widths, *, blocks=1, others=()):
+    """Each row times its group's matrix, contracting axis `contract` of that, as `finish` leaves it; a tile depends on neither rows nor groups.
+
+    widths: columns of each result; others: rows that `finish` reads.
+    """
     num_rows = x.shape[0] if token is None else token.shape[0]
     terms, num_columns = w.shape[1 + contract], w.shape[2 - contract]
     size = tables.of(tables.GROUPED_GPU if x.dtype == jnp.bfloat16 else tables.GROUPED_GPU_FP32)
     group, start, end = pallas.cuts(tiles, num_rows, row_tile, size.rows)
-    out = jax.ShapeDtypeStruct((num_rows, num_columns), x.dtype)
+    outs = [jax.ShapeDtypeStruct((num_rows, width), x.dtype) for width in widths]
     return pl.pallas_call(
-        functools.partial(_product_kernel, contract=contract, size=size),
-        name="grouped_matmul_" + ("dx" if contract else "forward" if token is None else "gathered"),
+        functools.partial(_product_kernel, contract=contract, size=size, gathered=token is not None, blocks=blocks, finish=finish),
+        name=f"grouped_matmul_{name}",
         grid=(pl.cdiv(num_columns, size.columns), group.shape[0]),
-        out_shape=out,
+        out_shape=outs,
         compiler_params=triton.CompilerParams(num_warps=size.warps, num_stages=size.stages),
-        cost_estimate=_cost((x, w, out), num_rows * terms * num_columns),
+        cost_estimate=_cost((x, w, *others, *outs), num_rows * terms * num_columns),
         interpret=interpreted("gpu"),
-    )(group, start, end, *([] if token is None else [token]), x, w)
+    )(group, start, end, *([] if token is None else [token]), x, w, *others)
+
+
+def product(x, w, tiles, token, contract, row_tile):
+    """Return each row times its group's matrix, contracting axis `contract` of that."""
+    name = "dx" if contract else "forward" if token is None else "gathered"
+    return _products(name, _store, x, w, tiles, token, contract, row_tile, (w.shape[2 - contract],))[0]
+
+
+def gated(x, w, tiles, token, row_tile):
+    """Return each row times its group's matrix, gate | up [rows, 2 F], and the SwiGLU of that [rows, F]."""
+    return _products("gated", _store_gated, x, w, tiles, token, 0, row_tile, (w.shape[2], w.shape[2] // 2), blocks=2)
+
+
+def gated_gradient(d_out, w, tiles, gate_up, row_tile):
+    """Return the gradient of gate | up [rows, 2 F] for that of the second product of each row's group, hidden [rows, F] times w [F, D]."""
+    # Each block is stored before the next one's gate and up are read: more columns at once do not fit in registers.
+    how = {"blocks": math.gcd(4, w.shape[1]), "others": (gate_up,)}
+    return _products("gated_gradient", _store_gated_gradient, d_out, w, tiles, None, 1, row_tile, (2 * w.shape[1],), **how)[0]
 
 
 def _gradient_kernel(first_ref, last_ref, *refs, size):
@@ -146,6 +210,7 @@ def _cost(arrays, products: int) -> pl.CostEstimate:
 
 
 grouped_matmul = functools.partial(pallas.grouped_matmul, product, weight_gradient)
+grouped_mlp = functools.partial(pallas.grouped_mlp, product, gated, gated_gradient, weight_gradient)
 
 
 def _gathered(ref, index, num_columns: int, part, mask):

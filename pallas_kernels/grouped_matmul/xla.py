@@ -9,6 +9,7 @@ from jax import lax
 
 from pallas_kernels import tiles as tables
 from pallas_kernels.compat import dot_operand, pin, unwritten
+from pallas_kernels.fused_layers import swiglu
 from pallas_kernels.grouped_matmul import tile
 
 
@@ -87,9 +88,9 @@ def grouped_matmul(x, w, tiles, moves, *, row_tile):
     return _grouped(x, w, tiles, row_tile)
 
 
-def grouped_mlp(x, w_in, w_out, groups, moves, between, *, row_tile, aligned):
-    """See `api.grouped_mlp`: both products of a tile and what stands between them in one turn; `moves` as in `grouped_matmul`."""
-    between = functools.partial(between, aligned=False, implementation="xla")
+def grouped_mlp(x, w_in, w_out, tiles, moves, *, row_tile, aligned):
+    """See `api.grouped_mlp`: both products of a tile and the SwiGLU between them in one turn; `moves` as in `grouped_matmul`."""
+    gated = functools.partial(swiglu, implementation="xla")
     dtype = x.dtype
     # Where the load is high a tile is a quarter of it, which keeps padding low, but products of few rows are slow.
     high_load = not aligned and row_tile > tables.of(tables.GROUPED_ROWS).low_load
@@ -108,7 +109,7 @@ def grouped_mlp(x, w_in, w_out, groups, moves, between, *, row_tile, aligned):
             def one(at, rows, carry):
                 tokens, (own_in, own_out) = pin((tile_of(x, token, at, rows), matrices), aligned)
                 y = pin(tile.product(tokens, own_in).astype(dtype), aligned)
-                hidden = pin(between(y), aligned)
+                hidden = pin(gated(y), aligned)
                 out = pin(tile.product(hidden, own_out).astype(dtype), aligned)
                 return tuple(_put(into, part, at) for into, part in zip(carry, (out, y), strict=False))
 
@@ -136,7 +137,7 @@ def grouped_mlp(x, w_in, w_out, groups, moves, between, *, row_tile, aligned):
             def one(at, rows, carry):
                 dx, dw_in, dw_out = carry
                 d_tile = _rows(d_out, at, rows)
-                hidden, pull_back = jax.vjp(between, _rows(y, at, rows))
+                hidden, pull_back = jax.vjp(gated, _rows(y, at, rows))
                 (dy,) = pull_back(tile.product(d_tile, own_out, 1).astype(dtype))
                 dx = _put(dx, tile.product(dy, own_in, 1).astype(dtype), at)
                 return dx, tile.weight_gradient(tile_of(x, token, at, rows), dy, dw_in), tile.weight_gradient(hidden, d_tile, dw_out)
@@ -152,7 +153,7 @@ def grouped_mlp(x, w_in, w_out, groups, moves, between, *, row_tile, aligned):
         return sum_rows(dx.astype(dtype), destination), dw_in, dw_out, None, None, None
 
     run.defvjp(forward, backward)
-    return run(x, w_in, w_out, groups.tiles, *moves)
+    return run(x, w_in, w_out, tiles, *moves)
 
 
 @jax.custom_vjp
