@@ -84,7 +84,7 @@ def _kernel(*refs, call: Pass, parts: int, num: int, height: int, turns: int, nu
         exists = [first_row + turn * height + row < num_rows] if num_rows % (height * turns) else []
         exists += [lane < 2 * where.width] if lane.shape[2] != 2 * where.width else []
         x = _load(ref.at[turn * height + row, jnp.zeros_like(row), lax.rem(lane, jnp.int32(where.width))], _all(exists))
-        return x if sign == 1 else jnp.where(lane < where.width, sign * x, x)
+        return x if sign == 1 else x * jnp.where(lane < where.width, float(sign), 1.0)
 
     def store(turn, where: Piece, arrays, j: int, x: jax.Array) -> None:
         for ref, size, slot, exists in windows(turn, where, arrays, j):
