@@ -157,22 +157,25 @@ def experts_of(name: str, num: int, implementation: str) -> Experts:
 
 
 def _compile_experts(name: str, num: int) -> CompileCase:
-    """The experts whole: with SwiGLU in the first product, and its gradient in the second's."""
+    """The experts whole, SwiGLU in the first product; in training with gradients, that of SwiGLU in the second's."""
+    from pallas_kernels.grouped_matmul.api import grouped_mlp
+
     experts = experts_of(name, num, "pallas_gpu")
     (D, two_F), (F, _) = COMPILE_SIZES[f"{name} gate_up"], COMPILE_SIZES[f"{name} down"]
-    assigned, matrices = num * ACTIVE, EXPERTS * D * (two_F + F)
+    decode, assigned, matrices = num == 64, num * ACTIVE, EXPERTS * D * (two_F + F)
+    # Forward: x, gate_up, hidden written and read, y. Gradient: what is kept, the gradients of both products and of x, read for two each.
+    rows = num * D + assigned * (two_F + 2 * F + D) + (0 if decode else num * D + assigned * (4 * two_F + F + 3 * D))
     return CompileCase(
         kernel="grouped_matmul.experts",
         shape=f"{name} {num}",
         targets=("h200",),
-        program=experts.program,
-        arguments=experts.arguments,
-        # Forward: x, gate_up, hidden twice, y. Gradient: what is kept and both gradients of the products' results, read for either operand.
-        bytes=2 * (3 * matrices + num * D * 3 + assigned * (two_F * 5 + F * 3 + D * 4)),
-        flops=6 * assigned * D * (two_F + F),
-        floor_ratio={8192: 2.5, 64: 1.5}[num],
+        program=(lambda *a: grouped_mlp(*a, ACTIVE, row_tile=ROW_TILE, implementation="pallas_gpu")) if decode else experts.program,
+        arguments=experts.arguments[:4] if decode else experts.arguments,
+        bytes=2 * (rows + (1 if decode else 3) * matrices),
+        flops=2 * (1 if decode else 3) * assigned * D * (two_F + F),
+        floor_ratio=1.5 if decode else 2.5,
         instruction=r"wgmma\..*m64n128k16",
-        quick=(name, num) == ("mini", 64),
+        quick=decode,
     )
 
 

@@ -260,7 +260,8 @@ def test_gradients_in_fp8_are_the_plain_ones_quantised(name, implementation, req
         np.testing.assert_allclose(np.asarray(one, np.float32), np.asarray(other, np.float32), rtol=1e-5, atol=1e-5)
     assert not fp8.y.any()
     for quantised, exact in ((fp8.rows, plain), (fp8.columns, plain.T)):
-        if "native" in request.node.name:
+        # In tiles of their own SwiGLU's gradients are another program, in which XLA:CPU may contract a multiply and an add elsewhere.
+        if "native" in request.node.name or (name.startswith("swiglu") and implementation == "pallas_gpu"):
             assert_close_to(quantised, exact)
         else:
             for one, other in zip(quantised, jax.jit(quantize)(exact), strict=True):
