@@ -30,7 +30,7 @@ BURST = 0.01
 TRACED = 1e-3
 """Seconds of a GPU's call below which the host may be the slower one: the GPU's own trace then says how long its kernels took."""
 DTYPES = {"fp32": jnp.float32, "bf16": jnp.bfloat16}
-_NATIVE = {"cpu": ("xla",), "gpu": ("pallas_gpu", "jax_triton", "xla"), "tpu": ("pallas_tpu", "xla")}
+_NATIVE = {"cpu": ("xla",), "gpu": ("pallas_gpu", "jax_triton", "mosaic_gpu", "xla"), "tpu": ("pallas_tpu", "xla")}
 _OPTIONS = {"xla_allow_excess_precision": False}
 
 

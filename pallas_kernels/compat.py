@@ -2,6 +2,7 @@
 
 import contextlib
 import contextvars
+import inspect
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -29,6 +30,9 @@ __all__ = [
     "dot_precision",
     "equations",
     "interpreted",
+    "is_jaxpr",
+    "mosaic_gpu_interpreter",
+    "mosaic_gpu_load",
     "open_jaxpr",
     "pin",
     "platform",
@@ -72,6 +76,23 @@ def interpreted(target: str) -> bool:
     return platform() != target
 
 
+def mosaic_gpu_interpreter() -> Any:
+    """Return what interprets a Mosaic GPU kernel, and raises where two threads race for memory."""
+    try:
+        from jax.experimental.pallas.mosaic_gpu import InterpretGPUParams  # pyright: ignore[reportAttributeAccessIssue]
+    except ImportError:  # jax before 0.12
+        from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
+    return InterpretGPUParams(detect_races=True)
+
+
+def mosaic_gpu_load(ref: Any) -> jax.Array:
+    """Return what a Mosaic GPU kernel reads from the GPU's memory, in registers."""
+    from jax.experimental.pallas import mosaic_gpu
+
+    index = {"idx": ...} if "idx" in inspect.signature(mosaic_gpu.load).parameters else {}  # jax before 0.12
+    return mosaic_gpu.load(ref, **index, optimized=False)
+
+
 def compiler_options(aligned: bool) -> dict[str, Any]:
     """Return the options of `jax.jit` for a program with kernels.
 
@@ -99,12 +120,13 @@ def equations(jaxpr: Any) -> Iterator[JaxprEqn]:
     """Yield the equations of a jaxpr, open or closed, and of all jaxprs inside them."""
     for equation in open_jaxpr(jaxpr)[0].eqns:
         yield equation
-        for inner in jax.tree.leaves(list(equation.params.values()), is_leaf=_is_jaxpr):
-            if _is_jaxpr(inner):
+        for inner in jax.tree.leaves(list(equation.params.values()), is_leaf=is_jaxpr):
+            if is_jaxpr(inner):
                 yield from equations(inner)
 
 
-def _is_jaxpr(x: Any) -> bool:
+def is_jaxpr(x: Any) -> bool:
+    """Return whether an equation's parameter is a jaxpr, closed or not."""
     return hasattr(x, "eqns") or hasattr(x, "jaxpr")
 
 

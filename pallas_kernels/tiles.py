@@ -130,6 +130,25 @@ SCALED_MATMUL_GPU = MappingProxyType(
 )
 
 
+class ScaledMatmulMosaic(NamedTuple):
+    """Rows of either warpgroup and columns of a program (128, so that blocks have one scale), the programs of a cluster along rows and
+    columns, groups of terms in flight, clusters of rows of a band."""
+
+    rows: int
+    columns: int
+    cluster: tuple[int, int]
+    stages: int
+    band: int
+
+
+SCALED_MATMUL_MOSAIC = MappingProxyType(
+    {
+        "h200": ScaledMatmulMosaic(rows=64, columns=128, cluster=(2, 2), stages=5, band=8),
+        "cpu": ScaledMatmulMosaic(rows=64, columns=128, cluster=(1, 1), stages=2, band=2),
+    }
+)
+
+
 class CrossEntropyTpu(NamedTuple):
     """Rows of a tile, columns of a block of w at most, bytes that two such blocks may take, and bytes of VMEM in all."""
 

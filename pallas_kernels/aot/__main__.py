@@ -34,8 +34,9 @@ def environment(target: str, folder: str, python: str) -> dict[str, str]:
     shared = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": path, "JAX_ENABLE_COMPILATION_CACHE": "false"}
     if gates.PLATFORMS[target] == "gpu":
         compiler = ptxas(python)
-        flags = f"--xla_dump_to={folder}"
-        return shared | {"JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1", "RING_JAX_PTXAS": str(compiler), "XLA_FLAGS": flags}
+        own = {"RING_JAX_PTXAS": str(compiler), "XLA_FLAGS": f"--xla_dump_to={folder}"}
+        mosaic = {"MOSAIC_GPU_DUMP_TO": folder, "PATH": f"{compiler.parent}{os.pathsep}{os.environ.get('PATH', '')}"}
+        return shared | {"JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1"} | own | mosaic
     flags = f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true --xla_jf_dump_llo_pass_label_regex=.*({_BUNDLES}).*"
     slice_of_nothing = {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": "v5p-8"}
     return shared | slice_of_nothing | {"ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "LIBTPU_INIT_ARGS": flags}
@@ -87,7 +88,7 @@ class Worker:
 
 def lines(row: dict[str, Any]) -> list[str]:
     """Return a row as text: a line for each kernel, under one for the program if it has several, and one for what failed."""
-    title, text = f"{row['kernel']:<34}{row['shape']:<26}{row['target']:<6}", []
+    title, text = f"{row['kernel']:<38}{row['shape']:<26}{row['target']:<6}", []
     several = len(row["kernels"]) > 1
     if several:
         ratio, size = row["estimate"] / row["floor"], row["memory"] / 2**20
@@ -103,7 +104,7 @@ def lines(row: dict[str, Any]) -> list[str]:
         times = f"{k['moved'] / 1e6:>10.2f}{row['floor'] * 1e6:>10.2f}{k['estimate'] * 1e6:>10.2f}{'' if k['known'] else '+':<2}"
         bound = max(k["times"], key=k["times"].get)
         matrix = ", ".join(f"{number} {name}" for name, number in k["instructions"].items())
-        label = f"  {k['kernel']:<64}" if several else title
+        label = f"  {k['kernel']:<68}" if several else title
         text.append(f"{label}{size}{work}{times}{k['estimate'] / row['floor']:>6.2f}  {bound:<8}{matrix}")
     if "unfused" in row:
         fused, unfused = row["moved"] / 1e6, row["unfused"] / 1e6
@@ -111,12 +112,12 @@ def lines(row: dict[str, Any]) -> list[str]:
             f"  moves {fused:.1f} MB; without kernels, as the compiler fuses it, {unfused:.1f} MB: {unfused / fused:.2f} times as many"
         )
     if row["failed"]:
-        text.append(f"{'' if text else title:<66} FAILS: {'; '.join(row['failed'])}")
+        text.append(f"{'' if text else title:<70} FAILS: {'; '.join(row['failed'])}")
     return text
 
 
 _NUMBERS = f"{'KiB':>9}{'regs':>5}{'spills':>9}{'cycles':>9}{'empty':>7}{'MB':>10}{'floor us':>10}{'est us':>10}{'ratio':>8}"
-HEADER = f"{'kernel':<34}{'shape':<26}{'chip':<6}{_NUMBERS}  bound   matrix instructions"
+HEADER = f"{'kernel':<38}{'shape':<26}{'chip':<6}{_NUMBERS}  bound   matrix instructions"
 
 
 def main() -> int:

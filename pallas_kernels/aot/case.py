@@ -143,8 +143,8 @@ def row(
 
 
 def kernels_of(traced: Any) -> Iterator[Any]:
-    """Yield the equations of a traced program that call a kernel."""
-    return (equation for equation in equations(traced.jaxpr) if equation.primitive.name == "pallas_call")
+    """Yield the equations of a traced program that call a kernel; Mosaic GPU's are an `mpmd_map`."""
+    return (equation for equation in equations(traced.jaxpr) if equation.primitive.name in ("pallas_call", "mpmd_map"))
 
 
 def others_of(case: CompileCase) -> dict[str, Callable]:

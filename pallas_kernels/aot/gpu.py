@@ -24,6 +24,7 @@ from jax.sharding import AbstractMesh, AxisType, SingleDeviceSharding
 
 from pallas_kernels import compat
 from pallas_kernels.aot import case as gates
+from pallas_kernels.aot import mosaic_gpu
 
 CHIPS = {"h200": gates.Chip(bandwidth=4.3e12, flops=7.9e14, clock=1.755e9, cores=132)}
 """Bandwidth and FLOP/s as measured on an H200."""
@@ -199,6 +200,11 @@ def compile_case(case: gates.CompileCase, target: str, folder: str) -> dict[str,
     for equation in gates.kernels_of(traced):
         name, moved = equation.params["name"], moved_bytes(equation)
         moves.append(moved)
+        if mosaic_gpu.is_kernel(equation):
+            chip = CHIPS[target]
+            rates = {"memory": chip.bandwidth, "l2": _L2_BANDWIDTH, "tensor": _MATRIX_RATE["e4m3"] * chip.clock * chip.cores}
+            kernels.append(mosaic_gpu.record(equation, folder, resources, rates))
+            continue
         launch = next((launch for launch in launches if gates.is_named(launch[0], name)), None)
         if launch is None:
             continue  # an equal kernel was listed, or nothing uses it

@@ -35,11 +35,19 @@ def _jax_triton(*args, **kwargs):
     return jax_triton.scaled_matmul(*args, **kwargs)
 
 
+def _mosaic_gpu(*args, **kwargs):
+    """The Mosaic GPU kernel; its language takes a second to import."""
+    from pallas_kernels.scaled_matmul import mosaic_gpu
+
+    return mosaic_gpu.scaled_matmul(*args, **kwargs)
+
+
 IMPLEMENTATIONS = {
     "xla": xla.scaled_matmul,
     "pallas_tpu": pallas_tpu.scaled_matmul,
     "pallas_gpu": pallas_gpu.scaled_matmul,
     "jax_triton": _jax_triton,
+    "mosaic_gpu": _mosaic_gpu,
 }
 
 

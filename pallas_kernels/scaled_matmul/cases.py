@@ -72,14 +72,15 @@ def compile_cases() -> Iterator[CompileCase]:
             ("input_gradient", (M, N, K), True, jnp.bfloat16),
             ("weight_gradient", (K, M, N), False, jnp.float32),
         ):
-            yield CompileCase(
-                kernel=f"scaled_matmul.{kernel}",
-                shape=f"{model} {name} {K}x{N}",
-                targets=("v5p", "v6e", "h200"),
-                program=functools.partial(scaled_matmul, out_dtype=out_dtype, implementation="pallas"),
-                arguments=(operand(rows, depth, False), operand(columns, depth, block)),
-                bytes=(rows + columns) * depth + rows * columns * jnp.dtype(out_dtype).itemsize,
-                flops=2 * rows * depth * columns,
-                instruction=r"wgmma\.mma_async.*e4m3|vmatmul",
-                quick=(model, name) == ("mini", "expert") and kernel != "input_gradient",
-            )
+            for suffix, implementation, targets in (("", "pallas", ("v5p", "v6e", "h200")), (".mosaic", "mosaic_gpu", ("h200",))):
+                yield CompileCase(
+                    kernel=f"scaled_matmul.{kernel}{suffix}",
+                    shape=f"{model} {name} {K}x{N}",
+                    targets=targets,
+                    program=functools.partial(scaled_matmul, out_dtype=out_dtype, implementation=implementation),
+                    arguments=(operand(rows, depth, False), operand(columns, depth, block)),
+                    bytes=(rows + columns) * depth + rows * columns * jnp.dtype(out_dtype).itemsize,
+                    flops=2 * rows * depth * columns,
+                    instruction=r"wgmma\.mma_async.*e4m3|vmatmul",
+                    quick=(model, name) == ("mini", "expert") and kernel != "input_gradient",
+                )

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pallas_kernels import tiles
 from pallas_kernels.scaled_matmul import Quantized, fp8_matmul, quantize_rows, reference, scaled_matmul
 from pallas_kernels.scaled_matmul import quantize as quantize_array
 from pallas_kernels.scaled_matmul.cases import TEST_CASES, Case, inputs
@@ -265,6 +266,44 @@ def test_operands_that_do_not_fit_are_refused():
         scaled_matmul(a, b._replace(values=b.values[:, :256]))
     with pytest.raises(ValueError, match=r"a is \(256, 384\) with scales \(3, 2\); expected \(256, 384\) with scales \(3, 256\)$"):
         scaled_matmul(b, a)
+
+
+newer = pytest.mark.skipif(jax.__version_info__ < (0, 12, 0), reason="the interpreter of jax before 0.12 knows no clusters")
+
+
+@pytest.mark.parametrize(
+    ("name", "block", "kind"),
+    [
+        ("whole_tiles", True, "cpu"),
+        ("all_odd", False, "cpu"),
+        pytest.param("all_odd", True, "h200", marks=newer),
+        pytest.param("all_odd", False, "h200", marks=newer),
+    ],
+)
+def test_mosaic_gpus_kernel_has_no_races(name, block, kind, monkeypatch):
+    """Interpreted, with its threads and clusters; that raises where two of them race for memory. A row alone has its bits, too."""
+    size = tiles.SCALED_MATMUL_MOSAIC[kind]._replace(stages=2)
+    monkeypatch.setattr(tiles, "SCALED_MATMUL_MOSAIC", {"cpu": size})
+    a, b = operands(TEST_CASES[name], block)
+    run = jit_for_values(functools.partial(scaled_matmul, implementation="mosaic_gpu"))
+    everything = run(a, b)
+    assert_close(everything, in_float64(reference.scaled_matmul, a, b), jnp.float32)  # finite, too: memory starts as NaN
+    assert_same_bits(run(Quantized(a.values[-3:], a.scales[:, -3:]), b), everything[-3:])
+
+
+def test_mosaic_gpus_kernel_has_gradients():
+    x, w = inputs(TEST_CASES["odd_depth"], jnp.bfloat16)
+    f = functools.partial(fp8_matmul, implementation="mosaic_gpu")
+    dy = random_like(jax.eval_shape(f, x, w))
+    assert_close(jit_for_values(with_gradients(f))((x, w), dy), quantised_truth(x, w, dy, False), jnp.bfloat16)
+
+
+@pytest.mark.parametrize("block", [False, True])
+@pytest.mark.parametrize("name", [pytest.param(name, marks=ON_GPU, id=f"native-{name}") for name in TEST_CASES])
+def test_mosaic_gpus_kernel_on_a_gpu(name, block):
+    a, b = operands(TEST_CASES[name], block)
+    y = jit_for_values(functools.partial(scaled_matmul, implementation="mosaic_gpu"))(a, b)
+    assert_close(y, in_float64(reference.scaled_matmul, a, b), jnp.float32, fp8_tolerance("pallas_gpu"))
 
 
 def test_jax_triton_refuses_in_one_line_where_it_cannot_run():
