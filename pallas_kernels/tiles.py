@@ -132,7 +132,8 @@ SCALED_MATMUL_GPU = MappingProxyType(
 
 class ScaledMatmulMosaic(NamedTuple):
     """Rows of either warpgroup and columns of a program (128, so that blocks have one scale), the programs of a cluster along rows and
-    columns, groups of terms in flight, clusters of rows of a band."""
+    columns, groups of terms in flight, clusters of rows of a band.
+    """
 
     rows: int
     columns: int

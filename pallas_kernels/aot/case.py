@@ -120,7 +120,12 @@ def _array_bytes(array: tuple[str, str, str]) -> int:
 
 
 def row(
-    case: CompileCase, chip: Chip, compiled: Any, kernels: list[dict[str, Any]], moves: Sequence[float], others: Mapping[str, tuple[float, Any]]
+    case: CompileCase,
+    chip: Chip,
+    compiled: Any,
+    kernels: list[dict[str, Any]],
+    moves: Sequence[float],
+    others: Mapping[str, tuple[float, Any]],
 ) -> dict[str, Any]:
     """Return the record of a compiled case. Its estimate is the sum of its kernels' (each counted once, however often it runs).
 

@@ -1,4 +1,4 @@
-"""What the worker for GPUs says of a Mosaic GPU kernel: it dumps its own PTX, and its copies and products stand in its jaxpr, with their loops.
+"""What the worker for GPUs says of a Mosaic GPU kernel: it dumps its own PTX; its copies and products stand in its jaxpr, with their loops.
 
 The estimate is the largest of three bounds: of HBM, of L2 (a tile that TMA brings to several programs of a cluster counts once) and of the
 matrix units. Instructions of the warps are not in it: those of one warpgroup hide behind the other's products.
@@ -34,7 +34,10 @@ def operations(jaxpr: Any, times: int = 1) -> Iterator[tuple[Any, int]]:
 
 
 def record(equation: Any, folder: str, resources: Any, rates: dict[str, float]) -> dict[str, Any]:
-    """Return the record of a kernel. rates: per second, bytes of HBM and L2 ("memory", "l2") and e4m3 multiply-adds of all SMs ("tensor")."""
+    """Return the record of a kernel.
+
+    rates: per second, bytes of HBM and L2 ("memory", "l2") and multiply-adds of all SMs ("tensor"). resources: see `gpu.resources`.
+    """
     mesh, jaxpr, name = equation.params["meshes"][0], equation.params["jaxprs"][0], equation.params["name"]
     (ptx,) = pathlib.Path(folder).glob(f"{name}_*.ptx")
     listing = ptx.read_text(encoding="utf-8")

@@ -103,7 +103,9 @@ def grouped_matmul(product: Callable, weight_gradient: Callable, x, w, tiles, mo
     return run(x, w, tiles, token, destination).astype(dtype)
 
 
-def grouped_mlp(product: Callable, gated: Callable, gated_gradient: Callable, weight_gradient: Callable, x, w_in, w_out, tiles, moves, *, row_tile):
+def grouped_mlp(
+    product: Callable, gated: Callable, gated_gradient: Callable, weight_gradient: Callable, x, w_in, w_out, tiles, moves, *, row_tile
+):
     """See `api.grouped_mlp`; `moves`, product and weight_gradient as in `grouped_matmul`.
 
     gated(x, w_in, tiles, token, row_tile) returns the first product and its SwiGLU; gated_gradient(d_out, w_out, tiles, first product,

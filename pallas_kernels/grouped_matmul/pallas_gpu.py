@@ -98,8 +98,9 @@ def _product_kernel(group_ref, start_ref, end_ref, *refs, contract, size, gather
     def matrix(depth, block):
         columns = pl.ds(block * num_columns + column, width)
         index: tuple[Any, Any] = (columns, depth) if contract else (depth, columns)
+        limits = (column, width, num_columns), (depth.start, size.depth, terms)
         masks = []
-        for axis, (first, length, most) in enumerate(((column, width, num_columns), (depth.start, size.depth, terms))[:: 1 if contract else -1]):
+        for axis, (first, length, most) in enumerate(limits if contract else limits[::-1]):
             if most % length:
                 masks.append(jnp.expand_dims(first + jnp.arange(length) < most, 1 - axis))
         if not masks:
@@ -130,9 +131,9 @@ def _product_kernel(group_ref, start_ref, end_ref, *refs, contract, size, gather
 
 
 def _products(name, finish, x, w, tiles, token, contract, row_tile, widths, *, blocks=1, others=()):
-    """Each row times its group's matrix, contracting axis `contract` of that, as `finish` leaves it; a tile depends on neither rows nor groups.
+    """Each row times its group's matrix, contracting axis `contract` of that, as `finish` leaves it.
 
-    widths: columns of each result; others: rows that `finish` reads.
+    A tile depends on neither rows nor groups. widths: columns of each result; others: rows that `finish` reads.
     """
     num_rows = x.shape[0] if token is None else token.shape[0]
     terms, num_columns = w.shape[1 + contract], w.shape[2 - contract]

@@ -46,16 +46,17 @@ def _kernel(a, a_scales, b, b_scales, out, *, size: tiles.ScaledMatmulMosaic, gr
         return load(a_scales.at[step, own_rows]), b_scales[step, column] if of_blocks else load(b_scales.at[step, columns])
 
     def pipeline(body, context):
-        along_columns, along_rows = (("column",) if size.cluster[1] > 1 else (), ("row",) if size.cluster[0] > 1 else ())
+        along = lambda axis: (axis,) if size.cluster[("row", "column").index(axis)] > 1 else ()
+        of_b = {"collective_axes": along("row")}
         return plgpu.emit_pipeline_warp_specialized(
             body,
             grid=(num_steps,),
             memory_registers=_LOADER_REGISTERS,
             in_specs=[
-                plgpu.BlockSpec((height, GROUP), lambda step: (0, step), transforms=_swizzled(a.dtype), collective_axes=along_columns),
-                plgpu.BlockSpec((GROUP, size.columns), lambda step: (step, 0), collective_axes=along_rows)
+                plgpu.BlockSpec((height, GROUP), lambda step: (0, step), transforms=_swizzled(a.dtype), collective_axes=along("column")),
+                plgpu.BlockSpec((GROUP, size.columns), lambda step: (step, 0), **of_b)
                 if turned
-                else plgpu.BlockSpec((size.columns, GROUP), lambda step: (0, step), transforms=_swizzled(b.dtype), collective_axes=along_rows),
+                else plgpu.BlockSpec((size.columns, GROUP), lambda step: (0, step), transforms=_swizzled(b.dtype), **of_b),
             ],
             wg_axis="group",
             num_compute_wgs=2,
@@ -93,7 +94,7 @@ def _kernel(a, a_scales, b, b_scales, out, *, size: tiles.ScaledMatmulMosaic, gr
 
 
 def _padded(b: Quantized, columns: int) -> Quantized:
-    """b of whole tiles, with a scale for each block or row there is then."""
+    """B of whole tiles, with a scale for each block or row there is then."""
     a_row, b = b.scales.shape[1] == b.values.shape[0], tile.padded(b, columns)
     missing = 0 if a_row else b.values.shape[0] // GROUP - b.scales.shape[1]
     return b._replace(scales=jnp.pad(b.scales, ((0, 0), (0, missing))))
