@@ -89,7 +89,7 @@ def mosaic_gpu_load(ref: Any) -> jax.Array:
     """Return what a Mosaic GPU kernel reads from the GPU's memory, in registers."""
     from jax.experimental.pallas import mosaic_gpu
 
-    index = {"idx": ...} if "idx" in inspect.signature(mosaic_gpu.load).parameters else {}  # jax before 0.12
+    index: dict[str, Any] = {"idx": ...} if "idx" in inspect.signature(mosaic_gpu.load).parameters else {}  # jax before 0.12
     return mosaic_gpu.load(ref, **index, optimized=False)
 
 

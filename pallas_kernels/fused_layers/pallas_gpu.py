@@ -141,7 +141,8 @@ def _kernel(*refs, call: Pass, parts: int, num: int, height: int, turns: int, nu
         seen = []
         for operand, where, arrays in rows:
             if operand.spread:
-                seen.append(load_spread(turn, where, *arrays, *operand.spread))
+                width, sign = operand.spread
+                seen.append(load_spread(turn, where, arrays[0], width, sign))
                 continue
             for j in range(operand.pieces or 1):
                 seen.append(load(turn, where, arrays, j))

@@ -145,7 +145,8 @@ def experts_of(name: str, num: int, implementation: str) -> Experts:
         return out, pull_back(d)
 
     def program(x, w_in, w_out, groups, hidden, d_gate_up, d_out):
-        return with_gradients(lambda *a: grouped_mlp(*a, groups, ACTIVE, **how), (x, w_in, w_out), d_out)
+        op = lambda x, w_in, w_out: grouped_mlp(x, w_in, w_out, groups, ACTIVE, row_tile=ROW_TILE, implementation=implementation)
+        return with_gradients(op, (x, w_in, w_out), d_out)
 
     def products(x, w_in, w_out, groups, hidden, d_gate_up, d_out):
         first = with_gradients(lambda x, w: gather_grouped_matmul(x, w, groups, ACTIVE, **how), (x, w_in), d_gate_up)
@@ -160,7 +161,8 @@ def _compile_experts(name: str, num: int) -> CompileCase:
     """The experts whole, SwiGLU in the first product; in training with gradients, that of SwiGLU in the second's."""
     from pallas_kernels.grouped_matmul.api import grouped_mlp
 
-    experts = experts_of(name, num, "pallas_gpu")
+    experts, how = experts_of(name, num, "pallas_gpu"), {"row_tile": ROW_TILE, "implementation": "pallas_gpu"}
+    forward = lambda x, w_in, w_out, groups: grouped_mlp(x, w_in, w_out, groups, ACTIVE, **how)
     (D, two_F), (F, _) = COMPILE_SIZES[f"{name} gate_up"], COMPILE_SIZES[f"{name} down"]
     decode, assigned, matrices = num == 64, num * ACTIVE, EXPERTS * D * (two_F + F)
     # Forward: x, gate_up, hidden written and read, y. Gradient: what is kept, the gradients of both products and of x, read for two each.
@@ -169,7 +171,7 @@ def _compile_experts(name: str, num: int) -> CompileCase:
         kernel="grouped_matmul.experts",
         shape=f"{name} {num}",
         targets=("h200",),
-        program=(lambda *a: grouped_mlp(*a, ACTIVE, row_tile=ROW_TILE, implementation="pallas_gpu")) if decode else experts.program,
+        program=forward if decode else experts.program,
         arguments=experts.arguments[:4] if decode else experts.arguments,
         bytes=2 * (rows + (1 if decode else 3) * matrices),
         flops=2 * (1 if decode else 3) * assigned * D * (two_F + F),

@@ -67,9 +67,9 @@ def visits(tiles: jax.Array, num_rows: int, row_tile: int, block: int, every_gro
     return Visits(matrix, source, target, jnp.where(own, first[group], num_rows), jnp.where(own, last[group], 0))
 
 
-def _operands(*arrays: jax.Array) -> list[jax.Array]:
+def _operands(*given: jax.Array) -> list[jax.Array]:
     """The operands as products take them: on a CPU weights are held so."""
-    arrays = [dot_operand(x) for x in arrays]
+    arrays = [dot_operand(x) for x in given]
     if len({x.dtype for x in arrays}) > 1 or arrays[0].dtype not in ("bfloat16", "float32"):
         raise NotImplementedError(f"the operands are {' and '.join(str(x.dtype) for x in arrays)}, not all bfloat16 or float32")
     return arrays

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -90,7 +91,7 @@ def grouped_matmul(x, w, tiles, moves, *, row_tile):
 
 def grouped_mlp(x, w_in, w_out, tiles, moves, *, row_tile, aligned):
     """See `api.grouped_mlp`: both products of a tile and the SwiGLU between them in one turn; `moves` as in `grouped_matmul`."""
-    gated = functools.partial(swiglu, implementation="xla")
+    gated: Callable[[jax.Array], Any] = lambda y: swiglu(y, implementation="xla")
     dtype = x.dtype
     # Where the load is high a tile is a quarter of it, which keeps padding low, but products of few rows are slow.
     high_load = not aligned and row_tile > tables.of(tables.GROUPED_ROWS).low_load

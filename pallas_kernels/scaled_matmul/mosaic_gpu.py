@@ -47,7 +47,7 @@ def _kernel(a, a_scales, b, b_scales, out, *, size: tiles.ScaledMatmulMosaic, gr
 
     def pipeline(body, context):
         along = lambda axis: (axis,) if size.cluster[("row", "column").index(axis)] > 1 else ()
-        of_b = {"collective_axes": along("row")}
+        of_b: Any = {"collective_axes": along("row")}
         return plgpu.emit_pipeline_warp_specialized(
             body,
             grid=(num_steps,),
@@ -72,7 +72,8 @@ def _kernel(a, a_scales, b, b_scales, out, *, size: tiles.ScaledMatmulMosaic, gr
             return sum_ref[...]
 
         following = scales(jnp.minimum(step + 1, num_steps - 1))  # a turn ahead: to load them takes as long as the product
-        one_group = pl.run_scoped(product, plgpu.ACC(total.shape, jnp.float32))
+        accumulator = plgpu.ACC(total.shape, jnp.float32)  # pyright: ignore[reportPrivateImportUsage]
+        one_group = pl.run_scoped(product, accumulator)
         spread = lambda x, axis: lax.broadcast_in_dim(x, total.shape, (axis,))
         both = spread(of_rows * of_columns, 0) if of_blocks else spread(of_rows, 0) * spread(of_columns, 1)
         return tile.multiply_add(one_group, both, total), following
