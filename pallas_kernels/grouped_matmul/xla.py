@@ -91,11 +91,13 @@ def grouped_matmul(x, w, tiles, moves, *, row_tile):
 
 def grouped_mlp(x, w_in, w_out, tiles, moves, *, row_tile, aligned):
     """See `api.grouped_mlp`: both products of a tile and the SwiGLU between them in one turn; `moves` as in `grouped_matmul`."""
-    gated: Callable[[jax.Array], Any] = lambda y: swiglu(y, implementation="xla")
     dtype = x.dtype
     # Where the load is high a tile is a quarter of it, which keeps padding low, but products of few rows are slow.
     high_load = not aligned and row_tile > tables.of(tables.GROUPED_ROWS).low_load
     for_each_tile = functools.partial(_for_each_tile, row_tile=row_tile, together=4 if high_load else 1)
+
+    def gated(y: jax.Array) -> Any:
+        return swiglu(y, implementation="xla")
 
     def tile_of(x, token, at, rows):
         return jnp.take(x, _rows(token, at, rows), axis=0, mode="fill", fill_value=0)
