@@ -18,6 +18,7 @@ except ImportError:  # jax before 0.11
     from jax._src.mesh import AbstractDevice
 
 __all__ = [
+    "INTERPRETS_CLUSTERS",
     "AbstractDevice",
     "Literal",
     "bind_equation",
@@ -77,12 +78,14 @@ def interpreted(target: str) -> bool:
 
 
 def mosaic_gpu_interpreter() -> Any:
-    """Return what interprets a Mosaic GPU kernel, and raises where two threads race for memory."""
-    try:
-        from jax.experimental.pallas.mosaic_gpu import InterpretGPUParams  # pyright: ignore[reportAttributeAccessIssue]
-    except ImportError:  # jax before 0.12
-        from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
+    """Return what interprets a Mosaic GPU kernel; where two threads race for memory it raises (before jax 0.12 it prints)."""
+    from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams  # public from jax 0.12 on
+
     return InterpretGPUParams(detect_races=True)
+
+
+INTERPRETS_CLUSTERS = jax.__version_info__ >= (0, 12, 0)
+"""Whether Mosaic GPU's interpreter knows clusters and transposed tiles."""
 
 
 def mosaic_gpu_load(ref: Any) -> jax.Array:

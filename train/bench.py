@@ -29,6 +29,7 @@ from jax import lax
 from pallas_kernels import fused_layers
 from pallas_kernels.fused_layers import reference
 from pallas_kernels.grouped_matmul import gather_groups
+from pallas_kernels.grouped_matmul import xla as experts
 from ring_jax import checkpoint, flops, layers, linear_attention, moe, numerics
 from ring_jax.config import PRESETS, ModelConfig
 from ring_jax.convert.to_hf import write_hf
@@ -85,10 +86,11 @@ def product(m: int, k: int, n: int, dtype: str) -> Callable[[], Any]:
 def equations() -> Iterator[None]:
     """Trace models with the equations of the fused layers, and the gradients that autodiff makes of them, in place of the layers."""
     with contextlib.ExitStack() as stack:
-        for module in (layers, linear_attention, moe):
+        for module in (layers, linear_attention, moe, experts):
             for name in set(fused_layers.__all__) & set(vars(module)):
                 truth = getattr(reference, name)
-                plain = lambda *args, truth=truth, aligned, implementation, emit=None, dtype=None, **how: truth(*args, **how)
+                ours = ("aligned", "implementation", "emit", "dtype")
+                plain = lambda *args, truth=truth, ours=ours, **how: truth(*args, **{k: v for k, v in how.items() if k not in ours})
                 stack.enter_context(mock.patch.object(module, name, plain))
         yield
 
@@ -96,21 +98,27 @@ def equations() -> Iterator[None]:
 def experts_by_ragged_dot() -> Any:
     """Trace models whose experts' products are `lax.ragged_dot`, with autodiff's gradients, in place of ours."""
 
-    def mlp(x, w_in, w_out, groups, num_slots, between, *, row_tile, aligned, implementation):
+    def mlp(x, w_in, w_out, groups, num_slots, *, row_tile, aligned, implementation):
+        del aligned
         rows, sizes = gather_groups(x, groups, num_slots), groups.tiles * row_tile
-        hidden = between(lax.ragged_dot(rows, w_in, sizes), aligned=aligned, implementation=implementation)
+        hidden: Any = experts.swiglu(lax.ragged_dot(rows, w_in, sizes), implementation=implementation)
         return lax.ragged_dot(hidden, w_out, sizes)
 
     return mock.patch.object(numerics, "grouped_mlp", mlp)
 
 
-def training_step(precision: str) -> tuple[Callable[[], Any], TrainConfig]:
-    """Return a run of the demo's training step, and its configuration."""
+def demo(precision: str) -> tuple[Any, Batch, TrainConfig]:
+    """Return the demo's training program, a batch, and the configuration."""
     run = TrainConfig(precision=precision, seq_len=SEQ_LEN, batch_size=BATCH_SIZE)
     program = make_program(DEMO, numerics_of(run), run.optimizer, run.steps, 0, None)
     rng, shape = np.random.default_rng(0), (run.batch_size, run.seq_len)
     tokens, positions = rng.integers(0, DEMO.vocab_size, shape), np.broadcast_to(np.arange(run.seq_len), shape)
-    batch = Batch(*(jnp.asarray(x, jnp.int32) for x in (tokens, positions, np.ones(shape))))
+    return program, Batch(*(jnp.asarray(x, jnp.int32) for x in (tokens, positions, np.ones(shape)))), run
+
+
+def training_step(precision: str) -> tuple[Callable[[], Any], TrainConfig]:
+    """Return a run of the demo's training step, and its configuration."""
+    program, batch, run = demo(precision)
     state = [program.init()]
 
     def step():

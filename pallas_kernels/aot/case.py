@@ -105,7 +105,9 @@ def hlo_bytes(text: str) -> int:
             continue
         name, shape, operation, operands = match.groups()
         sizes[name] = sum(map(_array_bytes, re.findall(r"([a-z]\w*)\[([\d,]*)\](\{[^}]*\})?", shape)))
-        is_kernel = operation == "custom-call" and re.search(r'custom_call_target="(tpu_custom_call|__gpu\$xla\.gpu\.triton)"', line)
+        is_kernel = operation == "custom-call" and re.search(
+            r'custom_call_target="(tpu_custom_call|__gpu\$xla\.gpu\.triton|mosaic_gpu\w*)"', line
+        )
         if operation not in _NO_MOVES and not is_kernel:
             total += sizes[name] + sum(sizes.get(operand, 0) for operand in re.findall(r"%([\w.\-]+)", operands))
     return total

@@ -203,7 +203,7 @@ def compile_case(case: gates.CompileCase, target: str, folder: str) -> dict[str,
         if mosaic_gpu.is_kernel(equation):
             chip = CHIPS[target]
             rates = {"memory": chip.bandwidth, "l2": _L2_BANDWIDTH, "tensor": _MATRIX_RATE["e4m3"] * chip.clock * chip.cores}
-            kernels.append(mosaic_gpu.record(equation, folder, resources, rates))
+            kernels.append(mosaic_gpu.record(equation, moved, folder, resources, rates, chip.cores))
             continue
         launch = next((launch for launch in launches if gates.is_named(launch[0], name)), None)
         if launch is None:

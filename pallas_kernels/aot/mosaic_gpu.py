@@ -7,7 +7,7 @@ matrix units. Instructions of the warps are not in it: those of one warpgroup hi
 import math
 import pathlib
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -33,13 +33,15 @@ def operations(jaxpr: Any, times: int = 1) -> Iterator[tuple[Any, int]]:
             yield equation, times
 
 
-def record(equation: Any, folder: str, resources: Any, rates: dict[str, float]) -> dict[str, Any]:
-    """Return the record of a kernel.
+def record(
+    equation: Any, moved: float, folder: str, resources: Callable[[pathlib.Path], Any], rates: Mapping[str, float], cores: int
+) -> dict[str, Any]:
+    """Return the record of a kernel that moves so many bytes.
 
-    rates: per second, bytes of HBM and L2 ("memory", "l2") and multiply-adds of all SMs ("tensor"). resources: see `gpu.resources`.
+    rates: per second, bytes of HBM and L2 ("memory", "l2") and multiply-adds of all `cores` SMs ("tensor"). resources: see `gpu.resources`.
     """
     mesh, jaxpr, name = equation.params["meshes"][0], equation.params["jaxprs"][0], equation.params["name"]
-    (ptx,) = pathlib.Path(folder).glob(f"{name}_*.ptx")
+    ptx = max(pathlib.Path(folder).glob(f"{name}_*.ptx"), key=lambda path: path.stat().st_mtime_ns)
     listing = ptx.read_text(encoding="utf-8")
     matrix = re.findall(r"wgmma\.mma_async[\w.]*", listing)
     dumps = (path.read_text(encoding="utf-8") for path in sorted(ptx.parent.glob(f"{name}_*")) if path.suffix in (".txt", ".log"))
@@ -55,11 +57,11 @@ def record(equation: Any, folder: str, resources: Any, rates: dict[str, float]) 
     # All but one warpgroup multiply; the listing has each product's instructions once.
     terms = sum(math.prod(map(int, re.findall(r"m(\d+)n(\d+)k(\d+)", name)[0])) for name in matrix) / len(turns)
     products = terms * sum(turns) * (mesh.num_threads - 1)
-    moved = sum(size(x.aval) for x in (*equation.invars, *equation.outvars))
+    waves = math.ceil(grid / (cores // math.prod(mesh.cluster)))  # a program takes an SM, a cluster as many as it has programs
     times = {
         "memory": moved / rates["memory"],
         "l2": (programs * copied + sum(size(x.aval) for x in equation.outvars)) / rates["l2"],
-        "tensor": programs * products / rates["tensor"],
+        "tensor": waves * cores * products / rates["tensor"],
     }
     return {
         "kernel": name,
@@ -68,7 +70,7 @@ def record(equation: Any, folder: str, resources: Any, rates: dict[str, float]) 
         "memory": int(shared[1]),
         "moved": moved,
         "known": True,
-        "issued": sum(1 for line in listing.splitlines() if line.endswith(";")),
+        "issued": len(re.findall(r"^\s+(?:@!?%p\d+ )?[a-z][\w.:]*\s.*;$", listing, re.MULTILINE)),
         "instructions": {kind: matrix.count(kind) for kind in sorted(set(matrix))},
         "sequence": [],
         **resources(ptx)[f"{name}_mosaic_gpu_kernel"],

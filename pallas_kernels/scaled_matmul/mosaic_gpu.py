@@ -17,7 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import tiles
-from pallas_kernels.compat import interpreted, mosaic_gpu_interpreter, mosaic_gpu_load
+from pallas_kernels.compat import INTERPRETS_CLUSTERS, device_kind, interpreted, mosaic_gpu_interpreter, mosaic_gpu_load
 from pallas_kernels.scaled_matmul import tile
 from pallas_kernels.scaled_matmul.quantized import GROUP, Quantized
 
@@ -31,7 +31,7 @@ def _swizzled(dtype: Any) -> tuple[Any, ...]:
 
 
 def _kernel(a, a_scales, b, b_scales, out, *, size: tiles.ScaledMatmulMosaic, grid: tuple[int, int], turned: bool):
-    """One program's tile [2 rows, columns] of the result; `turned`: b is [K, N] (the interpreter of jax 0.10 knows no transposed tile)."""
+    """One program's tile [2 rows, columns] of the result; `turned`: b is [K, N] (see `INTERPRETS_CLUSTERS`)."""
     num_steps, of_blocks = a.shape[1] // GROUP, b_scales.shape[1] < out.shape[1]
     height = 2 * size.rows
     cluster = plgpu.planar_snake(lax.axis_index("cluster"), grid, 0, size.band)
@@ -42,7 +42,7 @@ def _kernel(a, a_scales, b, b_scales, out, *, size: tiles.ScaledMatmulMosaic, gr
 
     def scales(step) -> tuple[jax.Array, jax.Array]:
         """Those of the program's own rows, and of its columns' block or of each column."""
-        load = (lambda ref: ref[...]) if turned else mosaic_gpu_load
+        load = (lambda ref: ref[...]) if interpreted("gpu") else mosaic_gpu_load
         return load(a_scales.at[step, own_rows]), b_scales[step, column] if of_blocks else load(b_scales.at[step, columns])
 
     def pipeline(body, context):
@@ -105,7 +105,9 @@ def scaled_matmul(a, b, *, out_dtype, aligned):
     """See `api.scaled_matmul`; a row does not see how many there are, so it is always aligned."""
     del aligned
     num_rows, num_columns = a.values.shape[0], b.values.shape[0]
-    size, turned = tiles.of(tiles.SCALED_MATMUL_MOSAIC), interpreted("gpu")
+    if not interpreted("gpu") and device_kind() != "h200":
+        raise NotImplementedError(f"the kernel's instructions are Hopper's, and this is a {device_kind()}")
+    size, turned = tiles.of(tiles.SCALED_MATMUL_MOSAIC), interpreted("gpu") and not INTERPRETS_CLUSTERS
     height, width = 2 * size.rows * size.cluster[0], size.columns * size.cluster[1]
     a, b = tile.padded(a, height), _padded(b, width)
     grid = a.values.shape[0] // height, b.values.shape[0] // width
@@ -120,6 +122,6 @@ def scaled_matmul(a, b, *, out_dtype, aligned):
         thread_name="group",
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
         kernel_name="scaled_matmul_mosaic",
-        interpret=mosaic_gpu_interpreter() if turned else None,
+        interpret=mosaic_gpu_interpreter() if interpreted("gpu") else None,
     )(a.values, a.scales, b.values.T if turned else b.values, b.scales)
     return out[:num_rows, :num_columns]

@@ -260,8 +260,9 @@ def test_gradients_in_fp8_are_the_plain_ones_quantised(name, implementation, req
         np.testing.assert_allclose(np.asarray(one, np.float32), np.asarray(other, np.float32), rtol=1e-5, atol=1e-5)
     assert not fp8.y.any()
     for quantised, exact in ((fp8.rows, plain), (fp8.columns, plain.T)):
-        # In tiles of their own SwiGLU's gradients are another program, in which XLA:CPU may contract a multiply and an add elsewhere.
-        if "native" in request.node.name or (name.startswith("swiglu") and implementation == "pallas_gpu"):
+        # SwiGLU's gradients that emit columns are cut otherwise: from jax 0.12 on XLA:CPU contracts a multiply and an add elsewhere there.
+        cut_otherwise = name.startswith("swiglu") and implementation == "pallas_gpu" and jax.__version_info__ >= (0, 12, 0)
+        if "native" in request.node.name or cut_otherwise:
             assert_close_to(quantised, exact)
         else:
             for one, other in zip(quantised, jax.jit(quantize)(exact), strict=True):

@@ -207,7 +207,10 @@ MLP = [
 ]
 
 
-@pytest.mark.parametrize(("implementation", "name"), [*MLP, pytest.param("pallas_gpu", "lanes", marks=ON_GPU, id="native-lanes")])
+NATIVE_MLP = [pytest.param("pallas_gpu", name, marks=ON_GPU, id=f"native-{name}") for name in ("lanes", "odd_width", "skewed", "none")]
+
+
+@pytest.mark.parametrize(("implementation", "name"), [*MLP, *NATIVE_MLP])
 def test_both_products_of_an_expert(implementation, name):
     case = MLP_CASES[name]
     arguments, experts, cotangent = mlp_arguments_of(case, jnp.float32)
