@@ -38,7 +38,9 @@ def compile_cases() -> Iterator[CompileCase]:
         for kernels, precision in (("pallas_tpu", "bf16"), ("pallas_gpu", "bf16"), ("pallas_gpu", "fp8")):
             how = Numerics.of(precision, aligned=False, kernels=kernels)  # by name: one that refuses its case fails the gate
             yield _forward(name, config, dataclasses.replace(how, gradients=False))
-            yield _step(name, config, how)
+            step = _step(name, config, how)
+            fits = [target for target in step.targets if (name, target) != ("flash", "v6e")]  # 31 GiB: less than its parameters and moments
+            yield step._replace(targets=tuple(fits))
             yield _decode(name, config, dataclasses.replace(how, gradients=False))
 
 
