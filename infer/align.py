@@ -201,8 +201,8 @@ class Programs:
             rows = [tap.value.reshape(-1, *lead, math.prod(shape)) for tap, shape in found]
             return outputs, [jnp.moveaxis(value, 0, 2) for value in rows]
 
-        program = sharding.on_mesh(run, mesh, in_specs, sharding.batch_spec())
-        outputs, values = numerics.jit(program, model.numerics)(*args)
+        on_devices = sharding.on_mesh(run, mesh, in_specs, sharding.batch_spec())
+        outputs, values = numerics.jit(on_devices, model.numerics)(*args)
         taps = [
             tap._replace(value=np.moveaxis(np.asarray(value), 2, 0).reshape(-1, batch, length, *shape), depth=1)
             for (tap, shape), value in zip(found, values, strict=True)

@@ -21,6 +21,7 @@ __all__ = [
     "INTERPRETS_CLUSTERS",
     "AbstractDevice",
     "Literal",
+    "apart",
     "bind_equation",
     "compiler_options",
     "compiling_for",
@@ -176,6 +177,14 @@ def unwritten(shape: tuple[int, ...], dtype: DTypeLike, like: jax.Array) -> jax.
     back to update a slice of it, hence the dtype.
     """
     return jnp.full(shape, dot_operand(like[(0,) * like.ndim].astype(dtype)))
+
+
+def apart(product: jax.Array) -> jax.Array:
+    """Return a product that no compiler contracts with a sum into a multiply-add.
+
+    The choice keeps them apart; its second branch is what it replaces (inf or NaN), which no compiler knows.
+    """
+    return jnp.where(jnp.isfinite(product), product, 2 * product)
 
 
 def pin(tree: Any, aligned: bool = True) -> Any:

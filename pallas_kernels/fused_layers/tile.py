@@ -117,10 +117,13 @@ class Lanes(NamedTuple):
 
     exchanged(f, own=(), other=()) is f(x, *own), where f treats each channel by itself, with the channels j and j + half of the first
     2 half exchanged (what the rest is is not said); `other` are own's values with their channels exchanged. sum is `row_sum`.
+    apart(x) is x, a product, which must not be contracted with a sum where the backend's compiler would do so in one program and not in
+    another.
     """
 
     exchanged: Callable
     sum: Callable = row_sum
+    apart: Callable = lambda x: x
 
 
 def heads(x, lanes: Lanes, cos, sin, weight, other_weight, *, half, size, eps, dtype) -> tuple[jax.Array]:
@@ -128,7 +131,7 @@ def heads(x, lanes: Lanes, cos, sin, weight, other_weight, *, half, size, eps, d
     scale = _scale(x.astype(F32), size, eps, lanes.sum)
     norm = lambda x, weight: _normed(x.astype(F32), scale, weight, dtype)
     normed, other = norm(x, weight), lanes.exchanged(norm, (weight,), (other_weight,))
-    return (jnp.where(_channels(x, half), normed * cos + other * sin, normed),)
+    return (jnp.where(_channels(x, half), lanes.apart(normed * cos) + lanes.apart(other * sin), normed),)
 
 
 def heads_gradient(d, lanes: Lanes, x, cos, sin, weight, *, half, size, eps, dtype) -> tuple[jax.Array, jax.Array]:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.compat import dot_general
+from pallas_kernels.compat import apart, dot_general
 
 
 def dot(a: jax.Array, b: jax.Array, axes: tuple[int, int], acc: jax.Array | None = None) -> jax.Array:
@@ -28,11 +28,10 @@ def weight_gradient(x: jax.Array, dy: jax.Array, acc: jax.Array | None = None, d
 def weighted(rows: jax.Array, weights: jax.Array, aligned: bool = True) -> jax.Array:
     """Return weights times rows in fp32; aligned, products that no compiler contracts with a sum into a multiply-add.
 
-    Each is rounded once, so no two programs can differ and no tiles are needed. The choice keeps them apart; its second branch is what
-    it replaces (inf or NaN), which no compiler knows.
+    Each is rounded once, so no two programs can differ and no tiles are needed.
     """
     y = weights * rows.astype(jnp.float32)
-    return jnp.where(jnp.isfinite(y), y, 2 * y) if aligned else y
+    return apart(y) if aligned else y
 
 
 def combine(slots: Sequence[jax.Array], weights: Sequence[jax.Array], aligned: bool = True) -> jax.Array:

@@ -1,6 +1,9 @@
 """The fused layers: right in value and gradient, rows that do not see their neighbours, and the router's choice to the last tie."""
 
 import functools
+import subprocess
+import sys
+import textwrap
 
 import jax
 import jax.numpy as jnp
@@ -267,6 +270,32 @@ def test_gradients_in_fp8_are_the_plain_ones_quantised(name, implementation, req
         else:
             for one, other in zip(quantised, jax.jit(quantize)(exact), strict=True):
                 assert_equal(one, other)
+
+
+@pytest.mark.slow
+def test_interpreted_heads_have_the_same_bits_in_a_program_for_several_devices():
+    """XLA:CPU contracts a multiply and an add there that it leaves apart elsewhere; of four million numbers forty differed."""
+    script = """
+        import jax
+        jax.config.update("jax_num_cpu_devices", 4)
+        import jax.numpy as jnp
+        import numpy as np
+        from jax.sharding import Mesh, PartitionSpec as P
+        from pallas_kernels.fused_layers import cases
+        from tests.pallas_kernels.programs import jit
+
+        case = cases.qk_norm_rope(136, 2, 2, 128, 32)
+        op = case.function(jnp.bfloat16, aligned=True, implementation="pallas_tpu")
+        rows, whole = P("devices"), P()
+        specs = {"mesh": Mesh(np.array(jax.devices()), ("devices",)), "in_specs": (rows, rows, rows, whole, whole), "out_specs": rows}
+        one, four = jit(op), jit(jax.shard_map(op, **specs, check_vma=False))
+        for seed in range(30):
+            inputs = case.inputs(jnp.bfloat16, seed)
+            for a, b in zip(one(*inputs), four(*inputs), strict=True):
+                np.testing.assert_array_equal(np.asarray(a, np.float32), np.asarray(b, np.float32))
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_products_gradient_in_fp8_is_what_it_would_make_of_it():
