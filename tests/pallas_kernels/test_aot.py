@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -115,10 +116,29 @@ ENTRY %main (a: bf16[8,128], b: f32[8,128]) -> (f32[8,128], s32[8]) {
 """
 
 
-def test_bytes_of_a_compiled_program():
+@pytest.mark.parametrize("kernel", ["tpu_custom_call", "__gpu$xla.gpu.triton", "mosaic_gpu_v2"])
+def test_bytes_of_a_compiled_program(kernel):
     """Those between operations and HBM: not a kernel's own, not what stays in VMEM."""
     fetched, read, written = 4096 + 4, 2048, 4096 + 32
-    assert gates.hlo_bytes(HLO) == fetched + 4096 + read + written
+    assert gates.hlo_bytes(HLO.replace("tpu_custom_call", kernel)) == fetched + 4096 + read + written
+
+
+class Compiled:
+    """A compiled program."""
+
+    def memory_analysis(self):
+        return types.SimpleNamespace(**{f"{name}_size_in_bytes": 0 for name in ("argument", "output", "alias", "temp")})
+
+    def as_text(self):
+        return HLO
+
+
+def test_what_products_move_does_not_count():
+    chip, others = gates.Chip(1.0, 1.0, 1.0, 1), {"unfused": (7.0, Compiled()), "products": (30.0, Compiled())}
+    row = gates.row(CASE, chip, Compiled(), [], [100.0, 50.0], others)
+    assert (row["moved"], row["unfused"]) == (120, 7 + gates.hlo_bytes(HLO))
+    assert "products" not in row
+    assert "moved" not in gates.row(CASE, chip, Compiled(), [], [100.0], {})
 
 
 def test_a_missing_environment_is_one_line():
