@@ -97,7 +97,7 @@ def generate(args: argparse.Namespace) -> int:
     from ring_jax import checkpoint
     from ring_jax.infer.generate import Decoder, Generation
 
-    model, _, tokenizer = checkpoint.load(args.checkpoint, stacked=_stacked(), **_numerics(args))
+    model, _, tokenizer = checkpoint.load(args.checkpoint, stacked=False, **_numerics(args))
     if tokenizer is None:
         raise ValueError(f"{args.checkpoint} has no tokenizer.json; `score` takes token ids")
     prompts = [tokenizer.encode(text) for text in texts]
@@ -135,7 +135,7 @@ def converse(args: argparse.Namespace, sampling: typing.Any) -> int:
     template = ChatTemplate.of_files(checkpoint.text_files(args.checkpoint))
     if template is None:
         raise ValueError(f"{args.checkpoint} has no chat template (chat_template.jinja, or chat_template in tokenizer_config.json)")
-    model, config, tokenizer = checkpoint.load(args.checkpoint, stacked=_stacked(), **_numerics(args))
+    model, config, tokenizer = checkpoint.load(args.checkpoint, stacked=False, **_numerics(args))
     if tokenizer is None:
         raise ValueError(f"{args.checkpoint} has no tokenizer.json")
     decoder = Decoder(model)
@@ -159,13 +159,6 @@ def converse(args: argparse.Namespace, sampling: typing.Any) -> int:
 def _numerics(args: argparse.Namespace) -> dict[str, typing.Any]:
     """What the arguments say about how to compute."""
     return {"precision": args.precision, "aligned": args.numerics == "aligned", "kernels": args.kernels or "auto"}
-
-
-def _stacked() -> bool:
-    """On a CPU a slice of a stack of layers is a copy, so each layer has its own buffers; elsewhere the layers stay stacked."""
-    import jax
-
-    return jax.default_backend() != "cpu"
 
 
 def score(args: argparse.Namespace) -> int:

@@ -424,7 +424,7 @@ def main(args: argparse.Namespace) -> int:
     remat = args.remat or checkpoint.training_remat(args.checkpoint)
     how = {"precision": args.precision, "kernels": args.kernels or "auto"}
     stacked, config, tokenizer = checkpoint.load(args.checkpoint, remat=remat, gradients=True, **how)
-    unstacked = checkpoint.load(args.checkpoint, stacked=jax.default_backend() != "cpu", **how).model
+    unstacked = checkpoint.load(args.checkpoint, stacked=False, **how).model
     total = max(args.tokens, 16)
     if tokenizer is None:
         rng = np.random.default_rng(args.seed)

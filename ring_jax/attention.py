@@ -33,7 +33,7 @@ class SoftmaxAttention(nnx.Module):
         q, k, v = name(q, "query"), name(k, "key"), name(v, "value")
         if cache is not None:
             cache = _write(cache, k, v, place)
-            k, v = cache
+            k, v = (x.reshape(*x.shape[:2], *k.shape[2:]) for x in cache)
         q, start, stop = map(place.wanted, (q, place.start, place.stop))
         o = name(flash_attention(q, k, v, start, stop, **self.numerics.ops), "mixer")
         return name(self.numerics.matmul(o.reshape(*o.shape[:2], -1), self.out[...]), "mixer_out"), cache
@@ -43,5 +43,5 @@ def _write(cache: SoftmaxCache, k: Float[Array, "B T G K"], v: Float[Array, "B T
     """Return the cache with the call's keys and values at their positions; padding is dropped."""
     slot = jnp.arange(k.shape[0])[:, None]
     position = jnp.where(place.valid, place.positions, cache.key.shape[1])
-    write = lambda old, new: old.at[slot, position].set(new, mode="drop", unique_indices=True)
+    write = lambda old, new: old.at[slot, position].set(new.reshape(*new.shape[:2], -1), mode="drop", unique_indices=True)
     return SoftmaxCache(write(cache.key, k), write(cache.value, v))

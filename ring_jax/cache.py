@@ -28,10 +28,10 @@ class LinearCache(NamedTuple):
 
 
 class SoftmaxCache(NamedTuple):
-    """Keys and values by position."""
+    """Keys and values by position, a token's heads side by side: so a TPU's kernel reads them where they lie, not a copy in its tiles."""
 
-    key: Float[Array, "*layers B S G K"]
-    value: Float[Array, "*layers B S G V"]
+    key: Float[Array, "*layers B S GK"]
+    value: Float[Array, "*layers B S GV"]
 
 
 class Cache(NamedTuple):
@@ -97,7 +97,7 @@ def linear_cache(config: ModelConfig, layers: tuple[int, ...], batch: int, dtype
 
 def softmax_cache(config: ModelConfig, layers: tuple[int, ...], batch: int, size: int, dtype: str) -> SoftmaxCache:
     """Return the empty cache of a stack of softmax layers, for at least `size` positions (whole key blocks)."""
-    shape = (*layers, batch, -(-size // GRID) * GRID, config.num_kv_heads, config.head_size)
+    shape = (*layers, batch, -(-size // GRID) * GRID, config.num_kv_heads * config.head_size)
     empty = lambda: dot_operand(jnp.zeros(shape, dtype))
     return SoftmaxCache(empty(), empty())
 

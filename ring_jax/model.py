@@ -37,7 +37,8 @@ def layer_pattern(config: ModelConfig, stacked: bool = True) -> tuple[tuple[Run,
     """Return the model as segments of runs: the groups with dense layers in front, the group that repeats, the trailing layers.
 
     A segment is repeated as often as its runs have groups. Depth is a loop, so tracing and compiling do not grow with it. Not stacked,
-    each layer is a segment of its own: the same model with a buffer a layer, which decodes faster where a slice of a stack is a copy.
+    each layer is a segment of its own: the same model with a buffer a layer. Inference has that: what a kernel reads of a stack in a loop
+    is sliced out first, so a decode step would copy every weight and every cache.
     """
     kinds = [(config.mixer(layer), config.ffn(layer)) for layer in range(config.num_layers)]
     if not stacked:

@@ -17,6 +17,7 @@ from typing import Any
 import jax
 from flax import nnx
 from jax import lax
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -91,10 +92,14 @@ def has_accelerator() -> bool:
     )
 
 
-def make_mesh(sizes: dict[str, int]) -> Mesh:
-    """Return the mesh of these axis sizes over the first devices."""
-    num = math.prod(sizes.values())
-    return jax.make_mesh(tuple(sizes[a] for a in AXES), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=jax.devices()[:num])
+def make_mesh(sizes: dict[str, int], devices: Sequence[Any] | None = None) -> Mesh:
+    """Return the mesh of these axis sizes over the first of the devices (default: of all there are), neighbours side by side.
+
+    An axis may take a part of an axis of a TPU's torus: 8x8 is a mesh of 4x4x4 chips, too.
+    """
+    devices = (jax.devices() if devices is None else devices)[: math.prod(sizes.values())]
+    placed = mesh_utils.create_device_mesh([sizes[a] for a in AXES], devices, allow_split_physical_axes=True)
+    return Mesh(placed, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def spec(logical_axes: Sequence[str | None], shape: Sequence[int], mesh: Any) -> P:

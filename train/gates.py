@@ -1,119 +1,111 @@
-"""Whole models for the compile gates, with every kernel there is: `python -m pallas_kernels.aot --cases ring_jax.train.gates`.
+"""The released models for the compile gates, with every kernel there is: `python -m pallas_kernels.aot --cases ring_jax.train.gates`.
 
-The released models' widths and vocabularies, one group of their layer pattern and fewer experts: what a chip holds.
+Whole: all layers, widths, experts and the vocabulary, on the smallest slices that hold them. The programs are those that run: a training
+run's own step and evaluation, and a decode step of the model.
 """
 
 import dataclasses
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from pallas_kernels.aot.case import CompileCase
-from pallas_kernels.compat import compiling_for
-from ring_jax import flops, scoring
+from ring_jax import flops, numerics, scoring, sharding
+from ring_jax.cache import Cache
 from ring_jax.config import PRESETS, ModelConfig
 from ring_jax.model import Ring
-from ring_jax.numerics import Numerics, num_bytes, round_weights
+from ring_jax.numerics import Numerics, round_weights
 from ring_jax.scoring import Batch
 from ring_jax.train.config import OptimizerConfig
-from ring_jax.train.optimizer import make_optimizer
+from ring_jax.train.step import make_program
 
-TARGETS = {"pallas_tpu": ("v5p", "v6e"), "pallas_gpu": ("h200",)}
-NUM_EXPERTS = 32
-TOKENS = 2048
+KERNELS = {"v5p": "pallas_tpu", "v6e": "pallas_tpu", "h200": "pallas_gpu"}
+TRAINING = {"mini": {"v5p": "2x4", "v6e": "4x4", "h200": "2x4"}, "flash": {"v5p": "8x8", "v6e": "16x8", "h200": "4x8"}}
+"""Meshes (fsdp x experts) that hold parameters, moments, gradients and activations."""
+DECODING = {"mini": {"v5p": "1x1", "v6e": "1x4", "h200": "1x1"}, "flash": {"v5p": "1x4", "v6e": "1x16", "h200": "1x4"}}
+MEMORY = {"v5p": 95 * 2**30, "v6e": 31 * 2**30, "h200": 140 * 2**30}
+"""Bytes of a chip that a program can have."""
+TOKENS = 4096
+"""Of a chip in a training step: one row."""
 SLOTS = 64
+"""Of a chip in a decode step."""
 CACHE = 4096
 """Positions of a slot's cache in the decode step."""
 
 
 def compile_cases() -> Iterator[CompileCase]:
-    """Yield a forward, a training step and a decode step of each released model, on a GPU in FP8, too: there it has a unit."""
+    """Yield an evaluation, a training step and a decode step of each released model and chip, on a GPU in FP8, too: there it has a unit."""
     for name in ("mini", "flash"):
-        preset = PRESETS[f"ring-{name}-linear-2.0"]
-        config = dataclasses.replace(preset, num_layers=preset.period, num_experts=NUM_EXPERTS)
-        for kernels, precision in (("pallas_tpu", "bf16"), ("pallas_gpu", "bf16"), ("pallas_gpu", "fp8")):
-            how = Numerics.of(precision, aligned=False, kernels=kernels)  # by name: one that refuses its case fails the gate
-            yield _forward(name, config, dataclasses.replace(how, gradients=False))
-            step = _step(name, config, how)
-            fits = [target for target in step.targets if (name, target) != ("flash", "v6e")]  # 31 GiB: less than its parameters and moments
-            yield step._replace(targets=tuple(fits))
-            yield _decode(name, config, dataclasses.replace(how, gradients=False))
+        config = PRESETS[f"ring-{name}-linear-2.0"]
+        for target, kernels in KERNELS.items():
+            for precision in ("bf16", "fp8") if target == "h200" else ("bf16",):
+                how = Numerics.of(precision, aligned=False, kernels=kernels, remat="mixers")  # by name: one that refuses its case fails
+                yield _case(name, config, how, target, "evaluate", _training)
+                yield _case(name, config, how, target, "step", _training)
+                yield _case(name, config, dataclasses.replace(how, gradients=False), target, "decode", _decode)
 
 
-def _shapes(config: ModelConfig, how: Numerics) -> tuple[Any, ...]:
-    """The graph, and the shapes of parameters (fp32), balancing biases and tables."""
-    return scoring.split(nnx.eval_shape(lambda: Ring(config, how, rngs=nnx.Rngs(0))))
+def _case(name: str, config: ModelConfig, how: Numerics, target: str, kind: str, make: Callable) -> CompileCase:
+    text = (DECODING if kind == "decode" else TRAINING)[name][target]
+    sizes = sharding.parse_mesh(text)
+    chips = math.prod(sizes.values())
 
+    def program(devices: Sequence[Any]) -> tuple[Any, tuple[Any, ...]]:
+        return make(kind, config, how, sharding.make_mesh(sizes, devices))
 
-def _rounded(params: Any, how: Numerics) -> Any:
-    """The shapes of the weights as a forward reads them on an accelerator."""
-    with compiling_for("tpu"):
-        return jax.eval_shape(lambda params: round_weights(params, how.dtype), params)
-
-
-def _case(
-    kind: str,
-    name: str,
-    config: ModelConfig,
-    how: Numerics,
-    program: Any,
-    arguments: tuple[Any, ...],
-    tokens: int,
-    donate: tuple[int, ...] = (),
-) -> CompileCase:
-    per_token = flops.training_flops_per_token(config, TOKENS)
+    tokens = SLOTS if kind == "decode" else TOKENS
+    weight = {"step": 16, "evaluate": 4, "decode": 2}[kind]  # bytes of a parameter that are read and written, at least
     return CompileCase(
         kernel=f"model.{name}.{kind}{'.fp8' * how.fp8}",
-        shape=f"{config.num_layers} layers, {tokens} tokens",
-        targets=TARGETS[how.kernels],
+        shape=f"{text}, {tokens} tokens a chip",
+        targets=(target,),
         program=program,
-        arguments=arguments,
-        bytes=num_bytes(arguments),
-        flops=tokens * per_token / (1 if kind == "step" else 3),
-        donate=donate,
+        arguments=(),
+        bytes=flops.num_params(config) * weight / chips,
+        flops=tokens * flops.training_flops_per_token(config, TOKENS) / (1 if kind == "step" else 3),
+        memory=MEMORY[target],
+        temporaries=0.1 if kind == "decode" else None,
+        devices=chips,
     )
 
 
-def _batch() -> Batch:
-    ids: Any = jax.ShapeDtypeStruct((1, TOKENS), jnp.int32)
-    return Batch(ids, ids, ids)
+def _placed(tree: Any, shardings: Any) -> Any:
+    """The shapes of a tree's arrays, with their shardings."""
+    return jax.tree.map(lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), tree, shardings)
 
 
-def _forward(name: str, config: ModelConfig, how: Numerics) -> CompileCase:
-    graph, params, biases, tables = _shapes(config, how)
-
-    def program(params, biases, tables, batch):
-        return scoring.next_token_logprobs(nnx.merge(graph, params, biases, tables), batch)[0]
-
-    return _case("forward", name, config, how, program, (_rounded(params, how), biases, tables, _batch()), TOKENS)
-
-
-def _step(name: str, config: ModelConfig, how: Numerics) -> CompileCase:
-    graph, params, biases, tables = _shapes(config, how)
-    optimizer = make_optimizer(OptimizerConfig(), 1000)
-
-    def program(params, state, biases, tables, batch):
-        loss, stats, gradients = scoring.loss_and_gradients(graph, how, params, biases, tables, batch)
-        updates, state = optimizer.update(gradients, state, params)
-        return optax.apply_updates(params, updates), state, loss, stats.nll
-
-    state = jax.eval_shape(optimizer.init, params)
-    return _case("step", name, config, how, program, (params, state, biases, tables, _batch()), TOKENS, donate=(0, 1))
+def _training(kind: str, config: ModelConfig, how: Numerics, mesh: Mesh) -> tuple[Any, tuple[Any, ...]]:
+    program = make_program(config, how, OptimizerConfig(), 1000, 0, mesh)
+    state = _placed(program.abstract, program.state_shardings)
+    tables = jax.eval_shape(program.make_tables)
+    tables = _placed(tables, jax.tree.map(lambda _: NamedSharding(mesh, P()), tables))
+    ids: Any = jax.ShapeDtypeStruct((mesh.size, TOKENS), jnp.int32, sharding=program.batch_sharding)
+    batch = Batch(ids, ids, ids)
+    if kind == "step":
+        return program.step, (state, tables, batch)
+    return program.evaluate, (state.params, state.balance, tables, batch)
 
 
-def _decode(name: str, config: ModelConfig, how: Numerics) -> CompileCase:
-    graph, params, biases, tables = _shapes(config, how)
+def _decode(kind: str, config: ModelConfig, how: Numerics, mesh: Mesh) -> tuple[Any, tuple[Any, ...]]:
+    graph, params, biases, tables = scoring.split(nnx.eval_shape(lambda: Ring(config, how, rngs=nnx.Rngs(0), stacked=False)))
     model = nnx.merge(graph, params, biases, tables)
-    with compiling_for("tpu"):
-        cache = jax.eval_shape(lambda: model.init_cache(SLOTS, CACHE))
+    params = jax.eval_shape(lambda params: round_weights(params, how.dtype), params)
+    cache = jax.eval_shape(lambda: model.init_cache(SLOTS * mesh.size, CACHE))
+    ids = jax.ShapeDtypeStruct((SLOTS * mesh.size, 1), jnp.int32)
+    slots = Cache(jax.tree.map(lambda _: P(None, None, *sharding.batch_spec()), cache.layers), sharding.batch_spec())
 
-    def program(params, biases, tables, tokens, positions, cache):
+    def step(params, biases, tables, tokens, positions, cache):
         output = nnx.merge(graph, params, biases, tables)(tokens, positions, cache)
         return output.hidden, output.cache
 
-    ids = jax.ShapeDtypeStruct((SLOTS, 1), jnp.int32)
-    return _case("decode", name, config, how, program, (_rounded(params, how), biases, tables, ids, ids, cache), SLOTS, donate=(5,))
+    weights = tuple(sharding.specs(state, mesh) for state in (params, biases, tables))
+    specs = (*weights, sharding.batch_spec(), sharding.batch_spec(), slots)
+    where = jax.tree.map(lambda s: NamedSharding(mesh, s), specs, is_leaf=lambda x: isinstance(x, P))
+    program = sharding.on_mesh(step, mesh, specs, (sharding.batch_spec(), slots))
+    return numerics.jit(program, how, donate_argnums=5), _placed((params, biases, tables, ids, ids, cache), where)

@@ -1,6 +1,7 @@
 """One optimiser step: loss and gradients on the mesh, the update, the balancing of the routers, and what to do with a NaN."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -46,11 +47,15 @@ class StepMetrics(NamedTuple):
     skipped_in_a_row: Int[Array, ""]
 
 
-class Program(NamedTuple):
-    """A run's compiled programs, its constant tables, and how its state and batches lie on the mesh."""
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A run's compiled programs, its constant tables, and how its state and batches lie on the mesh.
+
+    Nothing is computed before it is asked for: a mesh may be of devices that are not here, for which programs are only compiled.
+    """
 
     graph: Any
-    tables: Any
+    make_tables: Callable[[], Any]
     init: Callable[[], TrainState]
     start: Callable[[Any, Any], TrainState]
     abstract: TrainState
@@ -58,6 +63,11 @@ class Program(NamedTuple):
     evaluate: Callable[[Any, Any, Any, Batch], tuple[Float[Array, ""], Float[Array, ""]]]
     state_shardings: Any
     batch_sharding: Any
+
+    @functools.cached_property
+    def tables(self) -> Any:
+        """The constant tables, made on the mesh when they are first read."""
+        return self.make_tables()
 
 
 def numerics_of(config: TrainConfig) -> Numerics:
@@ -70,7 +80,7 @@ def numerics_of(config: TrainConfig) -> Numerics:
 def make_program(
     config: ModelConfig, how: Numerics, optimizer_config: OptimizerConfig, steps: int, seed: int, mesh: Mesh | None
 ) -> Program:
-    """Return the programs of a training run (default mesh: one device); no step is computed yet."""
+    """Return the programs of a training run (default mesh: one device); nothing is computed yet."""
     optimizer, rate = make_optimizer(optimizer_config, steps), schedule(optimizer_config, steps)
 
     def fresh() -> tuple[TrainState, Any]:
@@ -128,7 +138,7 @@ def make_program(
     step_shardings = (state_shardings, NamedSharding(mesh, P()))
     return Program(
         graph=graph,
-        tables=numerics.jit(lambda: fresh()[1], how, out_shardings=place(table_specs))(),
+        make_tables=numerics.jit(lambda: fresh()[1], how, out_shardings=place(table_specs)),
         init=numerics.jit(lambda: fresh()[0], how, out_shardings=state_shardings),
         start=numerics.jit(start, how, out_shardings=state_shardings, donate_argnums=(0, 1)),
         abstract=abstract,

@@ -1,6 +1,7 @@
 """`python -m pallas_kernels.aot`: compile every kernel for TPUs and GPUs that are not here, print what their compilers say, check it."""
 
 import argparse
+import collections
 import concurrent.futures
 import json
 import os
@@ -17,7 +18,7 @@ from pallas_kernels.aot import case as gates
 
 ROOT = pathlib.Path(__file__).parents[2]
 PYTHON = os.environ.get("RING_JAX_GATES_PYTHON", str(ROOT / ".venv-gates/bin/python"))
-TIMEOUT = 600
+TIMEOUT = 1800
 """Seconds after which a case is given up."""
 _BUNDLES = "packed-bundles-post-ra|pre-delay"
 
@@ -87,7 +88,7 @@ class Worker:
 
 
 def lines(row: dict[str, Any]) -> list[str]:
-    """Return a row as text: a line for each kernel, under one for the program if it has several, and one for what failed."""
+    """Return a row as text: a line for each kernel (equal ones share it), under one for the program if it has several, and one for what failed."""
     title, text = f"{row['kernel']:<38}{row['shape']:<26}{row['target']:<6}", []
     several = len(row["kernels"]) > 1
     if several:
@@ -95,7 +96,8 @@ def lines(row: dict[str, Any]) -> list[str]:
         text.append(
             f"{title}program of {len(row['kernels'])} kernels, {size:.0f} MiB: est {row['estimate'] * 1e6:.2f} us, {ratio:.2f} of the floor"
         )
-    for k in row["kernels"]:
+    calls = collections.Counter(json.dumps(k) for k in row["kernels"])
+    for k, number in ((json.loads(kernel), number) for kernel, number in calls.items()):
         size = f"{k['memory'] / 2**10:>9.0f}"
         if "registers" in k:
             work = f"{k['registers']:>5}{k['spills']:>9}{k['issued']:>9}{'':>7}"
@@ -103,8 +105,9 @@ def lines(row: dict[str, Any]) -> list[str]:
             work = f"{'':>5}{k['spills']:>9}{k['cycles']:>9}{k['empty']:>7.0%}"
         times = f"{k['moved'] / 1e6:>10.2f}{row['floor'] * 1e6:>10.2f}{k['estimate'] * 1e6:>10.2f}{'' if k['known'] else '+':<2}"
         bound = max(k["times"], key=k["times"].get)
-        matrix = ", ".join(f"{number} {name}" for name, number in k["instructions"].items())
-        label = f"  {k['kernel']:<68}" if several else title
+        matrix = ", ".join(f"{found} {name}" for name, found in k["instructions"].items())
+        called = f"{number} x {k['kernel']}" if number > 1 else k["kernel"]
+        label = f"  {called:<68}" if several else title
         text.append(f"{label}{size}{work}{times}{k['estimate'] / row['floor']:>6.2f}  {bound:<8}{matrix}")
     if "unfused" in row:
         fused, unfused = row["moved"] / 1e6, row["unfused"] / 1e6

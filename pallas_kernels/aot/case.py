@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+import jax
+
 import pallas_kernels
 from pallas_kernels.compat import equations
 
@@ -24,7 +26,9 @@ class CompileCase(NamedTuple):
 
     bytes and flops are what the op itself moves and computes; with the chip's rates they make the floor. The gates: it compiles, on a GPU
     nothing spills, `instruction` (a regular expression) is in the PTX, the estimate is at most `floor_ratio` times the floor, and the
-    program's peak memory at most `memory` bytes. `turns`: how often a kernel's loops turn, by its name, on average, where
+    program's peak memory at most `memory` bytes, its temporaries at most the part `temporaries` of its arguments (a copied cache or weight
+    shows there); what is donated is written in place. `devices`: for a slice of so many chips; then `program` is a function of these devices that
+    returns the jitted program and its arguments, shapes with their shardings, and all that is counted is of one chip. `turns`: how often a kernel's loops turn, by its name, on average, where
     that is data. `unfused`: the same without kernels; of the bytes that it moves as the compiler fuses it, the program with kernels may
     move at most the part `fewer_bytes`. `products`: where that program has products, too, these alone: what they move does not count.
     """
@@ -40,6 +44,8 @@ class CompileCase(NamedTuple):
     floor_ratio: float | None = None
     instruction: str | None = None
     memory: float | None = None
+    temporaries: float | None = None
+    devices: int | None = None
     quick: bool = False
     turns: Mapping[str, int] = MappingProxyType({})
     unfused: Callable | None = None
@@ -83,6 +89,12 @@ def failures(case: CompileCase, row: dict[str, Any]) -> list[str]:
         found.append(f"estimate is {row['estimate'] / row['floor']:.2f} of the floor, over {case.floor_ratio}")
     if case.memory and row["memory"] > case.memory:
         found.append(f"takes {row['memory'] / 2**20:.0f} MiB, over {case.memory / 2**20:.0f}")
+    sizes = row["sizes"]
+    if case.temporaries is not None and sizes["temp"] > case.temporaries * sizes["argument"]:
+        found.append(f"has {sizes['temp'] / 2**20:.0f} MiB of temporaries, {sizes['temp'] / sizes['argument']:.3f} of its arguments")
+    donated = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves([case.arguments[at] for at in case.donate]))
+    if sizes["alias"] < donated:
+        found.append(f"copies {donated - sizes['alias']} bytes of what it could write in place")
     if case.fewer_bytes and row["moved"] > case.fewer_bytes * row["unfused"]:
         found.append(f"moves {row['moved'] / row['unfused']:.2f} of what the compiler's own fusions move, over {case.fewer_bytes:.2f}")
     return found
@@ -92,25 +104,50 @@ _ELEMENT_BITS = {"pred": 8, "s4": 4, "u4": 4, "c64": 64, "c128": 128}
 _NO_MOVES = ("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "copy-done", "slice-done", "after-all")
 
 
+_OPERATION = re.compile(r"\s+(?:ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\((.*?)\)")
+_SLICES = ("slice", "dynamic-slice")
+
+
 def hlo_bytes(text: str) -> int:
     """Return the bytes that a compiled program's operations move, but for its kernels: each operand and result of an operation once.
 
-    What a TPU's compiler keeps in VMEM between operations (memory space 1) counts at neither end; an operand that is read in part counts
-    whole; loops' bodies do not count.
+    Of an operand that a fusion only slices, the slices count. What a TPU's compiler keeps in VMEM between operations (memory space 1)
+    counts at neither end; loops' bodies do not count.
     """
-    total, sizes = 0, {}
+    total, sizes, sliced = 0, {}, _sliced(text)
     for line in text[text.index("\nENTRY") :].splitlines():
-        match = re.match(r"\s+(?:ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\((.*?)\)", line)
+        match = _OPERATION.match(line)
         if not match:
             continue
         name, shape, operation, operands = match.groups()
-        sizes[name] = sum(map(_array_bytes, re.findall(r"([a-z]\w*)\[([\d,]*)\](\{[^}]*\})?", shape)))
+        sizes[name] = _bytes(shape)
         is_kernel = operation == "custom-call" and re.search(
             r'custom_call_target="(tpu_custom_call|__gpu\$xla\.gpu\.triton|mosaic_gpu\w*)"', line
         )
-        if operation not in _NO_MOVES and not is_kernel:
-            total += sizes[name] + sum(sizes.get(operand, 0) for operand in re.findall(r"%([\w.\-]+)", operands))
+        if operation in _NO_MOVES or is_kernel:
+            continue
+        called = re.search(r"calls=%?([\w.\-]+)", line)
+        read = {0: sizes[name]} if operation in _SLICES else sliced.get(called[1], {}) if called else {}
+        total += sizes[name] + sum(read.get(at, sizes.get(x, 0)) for at, x in enumerate(re.findall(r"%([\w.\-]+)", operands)))
     return total
+
+
+def _sliced(text: str) -> dict[str, dict[int, int]]:
+    """Return, for each computation of a program, its parameters that are only sliced, and the bytes of the slices."""
+    found = {}
+    for title, body in re.findall(r"^%?([\w.\-]+) \(.*?\) -> .*? \{\n(.*?)^\}", text, re.DOTALL | re.MULTILINE):
+        operations = [match.groups() for line in body.splitlines() if (match := _OPERATION.match(line))]
+        found[title] = {}
+        for name, shape, operation, number in operations:
+            uses = [(kind, _bytes(out)) for _, out, kind, given in operations if name in re.findall(r"%([\w.\-]+)", given)]
+            if operation == "parameter" and uses and all(kind in _SLICES for kind, _ in uses):
+                found[title][int(number)] = min(sum(size for _, size in uses), _bytes(shape))
+    return found
+
+
+def _bytes(shape: str) -> int:
+    """The bytes of an array or of a tuple of arrays, as an HLO text has its shape."""
+    return sum(map(_array_bytes, re.findall(r"([a-z]\w*)\[([\d,]*)\](\{[^}]*\})?", shape)))
 
 
 def _array_bytes(array: tuple[str, str, str]) -> int:
@@ -129,7 +166,7 @@ def row(
     moves: Sequence[float],
     others: Mapping[str, tuple[float, Any]],
 ) -> dict[str, Any]:
-    """Return the record of a compiled case. Its estimate is the sum of its kernels' (each counted once, however often it runs).
+    """Return the record of a compiled case. Its estimate is the sum of its kernels' calls (one in a loop is counted once).
 
     moves: bytes of every call of a kernel, to which those of the program's other operations are added. others: of the case's `unfused` and
     `products`, what their kernels move, and the compiled program.

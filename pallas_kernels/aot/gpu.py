@@ -8,6 +8,7 @@ The estimate of a kernel is the largest of five bounds, counted over the PTX wit
   behind other instructions only where a wait leaves some in flight.
 """
 
+import contextlib
 import functools
 import math
 import os
@@ -74,9 +75,10 @@ gpu_device_info {
 
 
 @functools.cache
-def _device() -> Any:
-    described = {"platform": "cuda", "topology_name": "1x1x1", "topology": "1x1x1", "target_config": _DESCRIPTION}
-    return topologies.get_topology_desc(**described).devices[0]
+def _devices(number: int) -> Any:
+    """Return so many GPUs of one machine."""
+    described = {"platform": "cuda", "topology_name": f"1x1x{number}", "topology": f"1x1x{number}", "target_config": _DESCRIPTION}
+    return topologies.get_topology_desc(**described).devices
 
 
 def _abstract_mesh() -> AbstractMesh:
@@ -172,12 +174,16 @@ def bounds(counted: dict[str, Any], programs: int, threads: int, registers: int,
 
 def _compiled(case: gates.CompileCase, program: Any, target: str, folder: str) -> tuple[Any, Any]:
     """Return a program of a case as traced and as compiled."""
-    where = SingleDeviceSharding(_device())
     # In a program of its own ptxas can be watched; jax names the toolkit it finds beside itself, unless an option does.
     options = {"xla_allow_excess_precision": False, "xla_gpu_cuda_data_dir": _toolkit(folder), "xla_gpu_enable_libnvptxcompiler": False}
-    jitted = jax.jit(lambda *arguments: program(*arguments), in_shardings=where, out_shardings=where, donate_argnums=case.donate)
-    with compat.compiling_for(target), jax.sharding.use_abstract_mesh(_abstract_mesh()):
-        traced = jitted.trace(*case.arguments)
+    with compat.compiling_for(target), contextlib.ExitStack() as stack:
+        if case.devices:
+            jitted, arguments = program(_devices(case.devices))
+        else:
+            where, arguments = SingleDeviceSharding(_devices(1)[0]), case.arguments
+            jitted = jax.jit(lambda *arguments: program(*arguments), in_shardings=where, out_shardings=where, donate_argnums=case.donate)
+            stack.enter_context(jax.sharding.use_abstract_mesh(_abstract_mesh()))
+        traced = jitted.trace(*arguments)
         return traced, traced.lower(lowering_platforms=("cuda",)).compile(compiler_options=options)
 
 

@@ -25,12 +25,19 @@ CHIPS = {
     "v5p": gates.Chip(bandwidth=2.46e12, flops=4.59e14, clock=1.75e9, cores=2),
     "v6e": gates.Chip(bandwidth=1.64e12, flops=9.18e14, clock=1.75e9, cores=1),
 }
-_TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
+_DIMENSIONS = {"v5e": 2, "v5p": 3, "v6e": 2}
+"""Of the torus of a slice."""
 
 
 @functools.cache
-def _mesh(target: str) -> Mesh:
-    return Mesh(np.array(topologies.get_topology_desc(platform="tpu", topology_name=_TOPOLOGIES[target]).devices[:1]), ("chip",))
+def _devices(target: str, number: int) -> Any:
+    """Return the chips of the most compact slice that has as many (a power of two)."""
+    sides = [1] * _DIMENSIONS[target]
+    while math.prod(sides) < max(number, 4):  # the smallest that is described
+        at = sides.index(min(sides))
+        sides[at] *= 2
+    name = f"{target}:{'x'.join(map(str, sorted(sides, reverse=_DIMENSIONS[target] == 3 and math.prod(sides) == 4)))}"
+    return topologies.get_topology_desc(platform="tpu", topology_name=name).devices[:number]
 
 
 def moved_bytes(grid: tuple[int, ...], mapping: Any) -> int:
@@ -95,13 +102,19 @@ def schedule(text: str, utilization: str, kernel: Any, steps: int) -> dict[str, 
     }
 
 
-def _compiled(case: gates.CompileCase, program: Any, target: str) -> tuple[Any, Any]:
-    """Return a program of a case as traced and as compiled. Traced inside `shard_map`, so that Pallas sees the topology's device."""
-    mesh = _mesh(target)
+def _on_one_chip(case: gates.CompileCase, program: Any, target: str) -> tuple[Any, Any]:
+    """Return a program of one chip, jitted, and its arguments. Traced inside `shard_map`, so that Pallas sees the topology's device."""
+    mesh = Mesh(np.array(_devices(target, 1)), ("chip",))
     program = jax.shard_map(program, mesh=mesh, in_specs=P(), out_specs=P(), check_vma=False)
     arguments = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, P())), case.arguments)
+    return jax.jit(program, donate_argnums=case.donate), arguments
+
+
+def _compiled(case: gates.CompileCase, program: Any, target: str) -> tuple[Any, Any]:
+    """Return a program of a case as traced and as compiled."""
     with compat.compiling_for(target):
-        traced = jax.jit(program, donate_argnums=case.donate).trace(*arguments)
+        jitted, arguments = program(_devices(target, case.devices)) if case.devices else _on_one_chip(case, program, target)
+        traced = jitted.trace(*arguments)
         return traced, traced.lower().compile(compiler_options=compat.compiler_options(True))
 
 
@@ -115,15 +128,17 @@ def compile_case(case: gates.CompileCase, target: str, folder: str) -> dict[str,
             r'%([\w.\-]+) = [^\n]*"tpu_custom_call"[^\n]*"used_scoped_memory_configs":\[\{[^}]*"size":"(\d+)"', compiled.as_text() or ""
         )
     )
-    kernels, moves = [], []
+    kernels, moves, listed = [], [], {}
     for equation in gates.kernels_of(traced):
         name, mapping, semantics = (equation.params[key] for key in ("name", "grid_mapping", "compiler_params"))
         grid, semantics = tuple(mapping.grid), getattr(semantics, "dimension_semantics", None) or ()
         moved = moved_bytes(grid, mapping)
         moves.append(moved)
+        like = name, grid, tuple(str(x.aval) for x in (*equation.invars, *equation.outvars))
         hlo = next((n for n in bundles if gates.is_named(n, name)), None)
-        if hlo is None:
-            continue  # an equal kernel was listed, or nothing uses it
+        if hlo is None:  # an equal kernel was listed, or nothing uses it
+            kernels += [listed[like]] if like in listed else []
+            continue
         steps, parallel = math.prod(grid), math.prod(n for n, kind in zip(grid, semantics, strict=False) if "parallel" in str(kind).lower())
         record = schedule(bundles.pop(hlo), units.get(hlo, ""), equation.params["jaxpr"], steps)
         core_steps = math.ceil(parallel / chip.cores) * steps // parallel
@@ -137,6 +152,7 @@ def compile_case(case: gates.CompileCase, target: str, folder: str) -> dict[str,
             "estimate": max(times.values()),
         }
         kernels.append(record)
+        listed[like] = record
     others = {name: _compiled(case, program, target) for name, program in gates.others_of(case).items()}
     moved_by = lambda call: moved_bytes(tuple(call.params["grid_mapping"].grid), call.params["grid_mapping"])
     others = {name: (sum(map(moved_by, gates.kernels_of(traced))), program) for name, (traced, program) in others.items()}

@@ -101,6 +101,7 @@ COMPILE_TRAINING = {
     "flash (1, 8192, 32)": Case(1, 8192, 32, 4, 128),
     "mini (1, 32768, 16)": Case(1, 32768, 16, 4, 128),
     "flash (1, 32768, 32)": Case(1, 32768, 32, 4, 128),
+    "mini (1, 524288, 16)": Case(1, 524288, 16, 4, 128),
 }
 COMPILE_CACHE = {
     "mini 64 slots, 8192 keys": CacheCase(64, 1, 8192, 16),
@@ -109,6 +110,7 @@ COMPILE_CACHE = {
     "mini 64 slots, flat": CacheCase(64, 1, 8192, 16, paged=False),
     "mini 1024 on 32768 keys": CacheCase(1, 1024, 32768, 16),
     "flash 1024 on 32768 keys": CacheCase(1, 1024, 32768, 32),
+    "mini 1024 on 524288 keys": CacheCase(1, 1024, 524288, 16),
 }
 TARGETS = {"pallas_tpu": ("v5e", "v5p", "v6e"), "pallas_gpu": ("h200",)}
 WGMMA = r"wgmma\..*m64n128k16"

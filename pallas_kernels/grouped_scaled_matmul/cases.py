@@ -32,9 +32,12 @@ def compile_cases() -> Iterator[CompileCase]:
     yield _compile("input_gradient", "mini gate_up", 8192, (1024, 2048), ("h200",))
     for name in ("mini gate_up", "flash gate_up"):
         yield _compile("weight_gradient", name, 8192, COMPILE_SIZES[name], ("h200",))
-    yield _compile("forward", "mini gate_up", 8192, COMPILE_SIZES["mini gate_up"], ("v5p", "v6e"))
-    yield _compile("forward", "mini down", 64, COMPILE_SIZES["mini down"], ("v5p", "v6e"), quick=True)
-    yield _compile("weight_gradient", "mini down", 8192, COMPILE_SIZES["mini down"], ("v5p", "v6e"))
+    on_tpu = ("v5e", "v5p", "v6e")
+    for name in ("mini gate_up", "flash gate_up"):
+        yield _compile("forward", name, 8192, COMPILE_SIZES[name], on_tpu)
+    yield _compile("forward", "mini down", 64, COMPILE_SIZES["mini down"], on_tpu, quick=True)
+    for name in ("mini down", "flash down"):
+        yield _compile("weight_gradient", name, 8192, COMPILE_SIZES[name], on_tpu)
 
 
 def _compile(kernel: str, name: str, num: int, size: tuple[int, int], targets: tuple[str, ...], quick: bool = False) -> CompileCase:

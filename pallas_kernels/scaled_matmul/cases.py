@@ -64,23 +64,29 @@ PROJECTIONS = {
 
 
 def compile_cases() -> Iterator[CompileCase]:
-    """Yield the products of both released models over 8192 tokens: of rows with blocks (y and dx), and of rows with rows (dw)."""
-    M = 8192
+    """Yield the products of both released models over a training step's rows: of rows with blocks (y and dx), and of rows with rows (dw).
+
+    And over a decode step's: y.
+    """
+    M, slots = 8192, 64
     for model, (name, K, N) in ((model, projection) for model, projections in PROJECTIONS.items() for projection in projections):
         for kernel, (rows, depth, columns), block, out_dtype in (
             ("forward", (M, K, N), True, jnp.bfloat16),
             ("input_gradient", (M, N, K), True, jnp.bfloat16),
             ("weight_gradient", (K, M, N), False, jnp.float32),
+            ("forward", (slots, K, N), True, jnp.bfloat16),
         ):
-            for suffix, implementation, targets in (("", "pallas", ("v5p", "v6e", "h200")), (".mosaic", "mosaic_gpu", ("h200",))):
+            for suffix, implementation, targets in (("", "pallas", ("v5e", "v5p", "v6e", "h200")), (".mosaic", "mosaic_gpu", ("h200",))):
+                if suffix and rows == slots:
+                    continue
                 yield CompileCase(
                     kernel=f"scaled_matmul.{kernel}{suffix}",
-                    shape=f"{model} {name} {K}x{N}",
+                    shape=f"{model} {name} {K}x{N}{f' {slots}' * (rows == slots)}",
                     targets=targets,
                     program=functools.partial(scaled_matmul, out_dtype=out_dtype, implementation=implementation),
                     arguments=(operand(rows, depth, False), operand(columns, depth, block)),
                     bytes=(rows + columns) * depth + rows * columns * jnp.dtype(out_dtype).itemsize,
                     flops=2 * rows * depth * columns,
                     instruction=r"wgmma\.mma_async.*e4m3|vmatmul",
-                    quick=(model, name) == ("mini", "expert") and kernel != "input_gradient",
+                    quick=(model, name) == ("mini", "expert") and rows != slots,
                 )

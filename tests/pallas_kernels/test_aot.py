@@ -18,7 +18,7 @@ from pallas_kernels.aot import gpu, tpu
 
 CASE = gates.CompileCase("op", "shape", ("v5p",), lambda: None, (), bytes=1.0, flops=1.0)
 KERNEL = {"kernel": "op", "registers": 200, "spills": 0, "instructions": {"wgmma.m64n128k16": 4}}
-ROW = {"kernels": [KERNEL], "estimate": 1.1, "floor": 1.0, "memory": 2.0**30}
+ROW = {"kernels": [KERNEL], "estimate": 1.1, "floor": 1.0, "memory": 2.0**30, "sizes": {"argument": 100, "temp": 20, "alias": 8}}
 WITHOUT_PRODUCTS = {"cross_entropy_log_sum_exp"}
 """Kernels of a product's program that hold no matrix instruction."""
 needs_compilers = pytest.mark.skipif(not os.access(command.PYTHON, os.X_OK), reason=f"{command.PYTHON} is missing: make env-gates")
@@ -78,6 +78,45 @@ def test_errors_and_crashes_are_rows(tmp_path):
     assert not fine["failed"]
 
 
+SLICES = """
+import functools
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+from pallas_kernels.aot.case import CompileCase
+from pallas_kernels.matmul import matmul
+
+def program(implementation, devices):
+    mesh = Mesh(np.array(devices), ("x",))
+    product = lambda x, w: lax.psum(matmul(x, w, implementation=implementation), "x")
+    shape = lambda *spec: jax.ShapeDtypeStruct((2048, 2048), jnp.bfloat16, sharding=NamedSharding(mesh, P(*spec)))
+    sharded = jax.shard_map(product, mesh=mesh, in_specs=(P(None, "x"), P("x")), out_specs=P(), check_vma=False)
+    return jax.jit(sharded), (shape(None, "x"), shape("x"))
+
+def compile_cases():
+    for target, devices in {"v5e": 8, "v5p": 16, "v6e": 32, "h200": 8}.items():
+        made = functools.partial(program, "pallas_gpu" if target == "h200" else "pallas_tpu")
+        yield CompileCase("sharded", f"{devices} chips", (target,), made, (), bytes=1.0, flops=1.0, devices=devices)
+"""
+
+
+@needs_compilers
+def test_slices_of_many_chips(tmp_path):
+    (tmp_path / "slice_cases.py").write_text(SLICES)
+    arguments = ["--cases", "slice_cases", "--json", str(tmp_path / "rows.json")]
+    environment = os.environ | {"PYTHONPATH": f"{command.ROOT}:{tmp_path}"}
+    done = subprocess.run(
+        [sys.executable, "-m", "pallas_kernels.aot", *arguments], env=environment, cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = {row["target"]: row for row in json.loads((tmp_path / "rows.json").read_text())}
+    for target, devices in {"v5e": 8, "v5p": 16, "v6e": 32, "h200": 8}.items():
+        assert [kernel["kernel"] for kernel in rows[target]["kernels"]] == ["matmul_forward"]
+        assert rows[target]["sizes"]["argument"] == 2 * 2 * 2048 * 2048 // devices, "a chip has its part of the operands"
+
+
 @pytest.mark.parametrize(
     ("change", "case", "said"),
     [
@@ -88,6 +127,10 @@ def test_errors_and_crashes_are_rows(tmp_path):
         ({}, {"instruction": "n256"}, "no n256 but wgmma.m64n128k16"),
         ({}, {"floor_ratio": 1.05}, "estimate is 1.10 of the floor, over 1.05"),
         ({}, {"memory": 2.0**29}, "takes 1024 MiB, over 512"),
+        ({}, {"temporaries": 0.2}, None),
+        ({}, {"temporaries": 0.1}, "has 0 MiB of temporaries, 0.200 of its arguments"),
+        ({}, {"arguments": (jax.ShapeDtypeStruct((2,), jnp.float32),), "donate": (0,)}, None),
+        ({}, {"arguments": (jax.ShapeDtypeStruct((3,), jnp.float32),), "donate": (0,)}, "copies 4 bytes of what it could write in place"),
         ({"moved": 9, "unfused": 12}, {"fewer_bytes": 0.7}, "moves 0.75 of what the compiler's own fusions move, over 0.70"),
     ],
 )
@@ -102,6 +145,15 @@ HLO = """HloModule m
   ROOT %c = f32[8,128]{1,0} convert(%p)
 }
 
+%halves (p: f32[8,128], q: f32[8,128]) -> f32[8,64] {
+  %p = f32[8,128]{1,0} parameter(0)
+  %q = f32[8,128]{1,0} parameter(1)
+  %left = f32[8,64]{1,0} slice(%p), slice={[0:8], [0:64]}
+  %right = f32[8,64]{1,0} slice(%q), slice={[0:8], [64:128]}
+  %whole = f32[8,128]{1,0} negate(%q)
+  ROOT %sum = f32[8,64]{1,0} add(%left, %right)
+}
+
 ENTRY %main (a: bf16[8,128], b: f32[8,128]) -> (f32[8,128], s32[8]) {
   %a = bf16[8,128]{1,0:T(8,128)(2,1)} parameter(0)
   %b = f32[8,128]{1,0:T(8,128)} parameter(1)
@@ -110,6 +162,8 @@ ENTRY %main (a: bf16[8,128], b: f32[8,128]) -> (f32[8,128], s32[8]) {
   %copy-done = f32[8,128]{1,0:S(1)} copy-done(%copy-start)
   %wide = f32[8,128]{1,0:S(1)} fusion(%a), kind=kLoop, calls=%fused
   %sorted = (f32[8,128]{1,0}, s32[8]{0}) fusion(%wide, %copy-done), kind=kLoop, calls=%other
+  %half = f32[8,64]{1,0} fusion(%b, %b), kind=kLoop, calls=%halves
+  %alone = f32[4,64]{1,0} slice(%half), slice={[0:4], [0:64]}
   %first = f32[8,128]{1,0} get-tuple-element(%sorted), index=0
   ROOT %out = (f32[8,128]{1,0}, s32[8]{0}) tuple(%first, %first)
 }
@@ -118,9 +172,10 @@ ENTRY %main (a: bf16[8,128], b: f32[8,128]) -> (f32[8,128], s32[8]) {
 
 @pytest.mark.parametrize("kernel", ["tpu_custom_call", "__gpu$xla.gpu.triton", "mosaic_gpu_v2"])
 def test_bytes_of_a_compiled_program(kernel):
-    """Those between operations and HBM: not a kernel's own, not what stays in VMEM."""
+    """Those between operations and HBM: not a kernel's own, not what stays in VMEM, and of what is only sliced, the slices."""
     fetched, read, written = 4096 + 4, 2048, 4096 + 32
-    assert gates.hlo_bytes(HLO.replace("tpu_custom_call", kernel)) == fetched + 4096 + read + written
+    halves, alone = 2048 + 4096 + 2048, 1024 + 1024  # the first operand is only sliced, the second is not
+    assert gates.hlo_bytes(HLO.replace("tpu_custom_call", kernel)) == fetched + 4096 + read + written + halves + alone
 
 
 class Compiled:
