@@ -2,12 +2,14 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 GATES_VENV ?= .venv-gates
+BENCH_VENV ?= .venv-bench
+BENCH_EXTRAS ?= dev,bench
 JOBS ?= 2
 # A model whose every op the kernels take: heads and experts of whole lanes.
 LANES := --model test --model.num_layers 3 --model.hidden_size 256 --model.num_heads 2 --model.num_kv_heads 1 --model.head_size 128 \
 	--model.ffn_size 256 --model.expert_size 128 --model.shared_expert_size 128
 
-.PHONY: help env env-gates demo test test-slow gates gates-all lint bench clean
+.PHONY: help env env-gates env-bench demo test test-slow gates gates-all lint bench clean
 
 help:  ## what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -24,6 +26,13 @@ env-gates: $(GATES_VENV)/.made  ## the compilers for TPUs and GPUs: libtpu, XLA'
 $(GATES_VENV)/.made: pyproject.toml
 	$(PYTHON) -m venv $(GATES_VENV)
 	$(GATES_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -e '.[gates]'
+	touch $@
+
+env-bench: $(BENCH_VENV)/.made  ## the benchmarks' peers: torch, fla, mlx-lm; on a GPU with BENCH_EXTRAS=dev,bench,cuda
+
+$(BENCH_VENV)/.made: pyproject.toml
+	$(PYTHON) -m venv $(BENCH_VENV)
+	$(BENCH_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -e '.[$(BENCH_EXTRAS)]'
 	touch $@
 
 demo: env  ## train a small hybrid on real text, draw the loss, generate from it
@@ -60,9 +69,9 @@ lint: env  ## ruff and pyright
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 
-bench: env  ## training, prefill and decode on this machine, beside mlx-lm; then every op beside its peers
-	$(BIN)/python -m ring_jax.train.bench
-	$(BIN)/python -m pallas_kernels.bench
+bench: env-bench  ## training, prefill and decode on this machine, beside mlx-lm; then every op beside its peers, torch's and fla's too
+	$(BENCH_VENV)/bin/python -m ring_jax.train.bench
+	$(BENCH_VENV)/bin/python -m pallas_kernels.bench
 
 clean:  ## remove what was built
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -11,7 +11,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -54,8 +54,8 @@ class Problem(NamedTuple):
 
     Implementations whose name begins with "peer" are not ours. `torch` are peers on torch tensors in place of arrays; what they import
     may be missing. Arguments at `differentiable` get a gradient, the others are constants; without any the forward alone is timed.
-    truth is the reference, run in float64. flops and bytes are (forward, backward) of the op itself, whoever computes it.
-    `peer` is whose time others are compared with; targets are by pass, "forward" or "both".
+    truth is the reference, run in float64, with which `read` of a result is compared. flops and bytes are (forward, backward) of the op
+    itself, whoever computes it. `peer` is whose time others are compared with; targets are by pass, "forward" or "both".
     """
 
     case: str
@@ -69,6 +69,7 @@ class Problem(NamedTuple):
     torch: Mapping[str, Callable] = {}
     peer: str = ""
     targets: Mapping[str, tuple[Target, ...]] = {}
+    read: Callable[[Any], Any] = lambda result: result
 
 
 def native(table: Iterable[str]) -> list[str]:
@@ -233,7 +234,7 @@ class _Measurement:
     def errors(self, result: Any) -> tuple[float, float]:
         """Return `_errors` of a result."""
         with jax.enable_x64(True):
-            largest, floors = _errors(result, self.truth)
+            largest, floors = _errors(self.problem.read(result), self.truth)
             return float(largest), float(floors)
 
 
@@ -295,7 +296,7 @@ def compare(records: list[dict[str, Any]], problem: Problem, peaks: tuple[float,
             r["targets"].append({"target": label, "of": target.of, "ratio": target.ratio, "reached": reached, "met": met})
 
 
-_COLUMNS = "{:<23}{:<8}{:<30}{:>10}{:>11}{:>6}{:>10}{:>10}{:>8}{:>9}{:>9}{:>8}{:>8}  {}"
+_COLUMNS = "{:<41}{:<8}{:<30}{:>10}{:>11}{:>6}{:>10}{:>10}{:>8}{:>9}{:>9}{:>8}{:>8}  {}"
 _HEADER = ("case", "pass", "implementation", "ms", "kernels", "runs", "us/token", "GFLOP/s", "GB/s", "ceiling", "error", "floors", "x peer")
 
 
@@ -330,8 +331,11 @@ def options(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     return parser
 
 
-def main(op: str, problems: Callable[[DTypeLike, bool], Iterable[Problem]]) -> None:
-    """Run an op's benchmark from the command line; exit status 1 if an implementation of ours fails other than by refusing a case."""
+def main(op: str, problems: Callable[[DTypeLike, bool], Iterable[Problem]], accelerated: Sequence[str] = ("bf16",)) -> None:
+    """Run an op's benchmark from the command line, off the CPU in the dtypes `accelerated`.
+
+    The exit status is 1 if an implementation of ours fails other than by refusing a case.
+    """
     parser = argparse.ArgumentParser(prog=f"python -m pallas_kernels.{op}.bench", description=f"Time {op} beside its peers.")
     arguments = options(parser).parse_args()
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.6")  # torch shares a GPU's memory
@@ -347,7 +351,7 @@ def main(op: str, problems: Callable[[DTypeLike, bool], Iterable[Problem]]) -> N
             written = {"op": op, "machine": here, "ceilings": peaks, "records": records, "left_out": left_out}
             pathlib.Path(arguments.json).write_text(json.dumps(written, indent=1) + "\n", encoding="utf-8")
 
-    for dtype in ("fp32",) if arguments.quick else ("fp32", "bf16") if on_cpu else ("bf16",):
+    for dtype in ("fp32",) if arguments.quick else ("fp32", "bf16") if on_cpu else accelerated:
         measured = []
         for problem in (p for p in problems(DTYPES[dtype], arguments.quick) if arguments.case in p.case):
             start = time.perf_counter()

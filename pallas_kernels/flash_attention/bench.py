@@ -1,7 +1,7 @@
 """Times flash attention beside its peers: `python -m pallas_kernels.flash_attention.bench [--json FILE] [--quick]`.
 
-The peers are `jax.nn.dot_product_attention`, on a GPU by cuDNN too, and on a TPU the splash kernels that come with jax. "decode" cases are
-one token of so many slots, each at the end of its keys.
+The peers are `jax.nn.dot_product_attention`, on a GPU by cuDNN too, and the kernels that come with jax: on a TPU splash, on a GPU the ones
+in Pallas-Triton. "decode" cases are one token of so many slots, each at the end of its keys.
 """
 
 import functools
@@ -31,7 +31,7 @@ from pallas_kernels.flash_attention.cases import (
 
 BLOCK = 512
 """Queries of which the reference has the scores at a time."""
-JAX_NN, CUDNN, SPLASH = "peer: jax.nn", "peer: cudnn", "peer: splash"
+JAX_NN, CUDNN, IN_TREE, SPLASH = "peer: jax.nn", "peer: cudnn", "peer: in-tree", "peer: splash"
 
 
 def truth(q, k, v, start, stop):
@@ -49,6 +49,22 @@ def dot_product_attention(q, k, v, start, stop, implementation=None):
 def decode_attention(q, k, v, start, stop, implementation=None):
     """Return by jax.nn the attention of one token of each row, to the row's first keys."""
     return jax.nn.dot_product_attention(q, k, v, key_value_seq_lengths=stop[:, 0], implementation=implementation)
+
+
+def in_tree(q, k, v, start, stop, interpret=False):
+    """Return causal attention by jax's Pallas kernels for GPUs, to which each query head brings its own copy of its keys."""
+    from jax.experimental.pallas.ops.gpu import attention
+
+    k, v = (jnp.repeat(x, q.shape[2] // x.shape[2], axis=2) for x in (k, v))
+    return attention.mha(q, k, v, None, sm_scale=q.shape[3] ** -0.5, causal=True, interpret=interpret)
+
+
+def in_tree_decode(q, k, v, start, stop, interpret=False):
+    """Return by jax's Pallas kernel for GPUs, which first moves the heads before the keys, the same as `decode_attention`."""
+    from jax.experimental.pallas.ops.gpu import decode_attention
+
+    out = decode_attention.gqa(q[:, 0], k, v, kv_seq_len=stop[:, 0], interpret=interpret)
+    return out[:, None].astype(q.dtype)
 
 
 def splash(q, k, v, start, stop):
@@ -79,7 +95,7 @@ def sequences(name: str, case: Case, dtype: DTypeLike) -> Problem:
     if here == "cpu":
         implementations["xla aligned"] = functools.partial(flash_attention, aligned=True, implementation="xla")
     if here == "gpu":
-        implementations[CUDNN] = functools.partial(dot_product_attention, implementation="cudnn")
+        implementations |= {CUDNN: functools.partial(dot_product_attention, implementation="cudnn"), IN_TREE: in_tree}
     elif here == "tpu":
         implementations[SPLASH] = splash
     if case.T <= 8192:  # it has all scores at once
@@ -105,7 +121,7 @@ def decode(name: str, case: CacheCase, dtype: DTypeLike) -> Problem:
             implementations[kernel + " aligned" * aligned] = functools.partial(flash_attention, aligned=aligned, implementation=kernel)
         implementations[f"{kernel}, pages"] = functools.partial(paged, implementation=kernel)
     if platform() == "gpu":
-        implementations[CUDNN] = functools.partial(decode_attention, implementation="cudnn")
+        implementations |= {CUDNN: functools.partial(decode_attention, implementation="cudnn"), IN_TREE: in_tree_decode}
     return Problem(
         case=name,
         tokens=case.slots,

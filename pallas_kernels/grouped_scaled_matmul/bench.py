@@ -9,13 +9,14 @@ from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 
 from pallas_kernels.benchmark import Problem, main, native
 from pallas_kernels.compat import platform
 from pallas_kernels.grouped_matmul import gather_groups, group_rows, grouped_matmul, row_tile_for
 from pallas_kernels.grouped_matmul.bench import grouped_truth
-from pallas_kernels.grouped_matmul.cases import Case
+from pallas_kernels.grouped_matmul.cases import Case, experts
 from pallas_kernels.grouped_matmul.cases import inputs as tokens
 from pallas_kernels.grouped_scaled_matmul import fp8_grouped_matmul
 from pallas_kernels.grouped_scaled_matmul.api import IMPLEMENTATIONS
@@ -26,8 +27,8 @@ PEER = "peer: grouped_matmul"
 
 def inputs(case: Case, dtype: DTypeLike) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Return rows in their groups' tiles, the groups' matrices and tiles."""
-    x, w, experts = tokens(case, dtype)
-    groups = group_rows(experts.reshape(-1), case.E, _row_tile(case))
+    x, w, chosen = tokens(case, dtype)
+    groups = group_rows(chosen.reshape(-1), case.E, _row_tile(case))
     return gather_groups(x, groups, case.A), w, groups.tiles
 
 
@@ -36,7 +37,7 @@ def _row_tile(case: Case) -> int:
 
 
 def problems(dtype: DTypeLike, quick: bool) -> Iterator[Problem]:
-    """Yield the cases of the benchmark."""
+    """Yield the cases of the benchmark; the bytes count the matrices of the experts that have rows."""
     for name, case in (BENCH_CASES if platform() == "cpu" else BENCH_GPU_CASES).items():
         if quick and case.N > 64:
             continue
@@ -44,8 +45,8 @@ def problems(dtype: DTypeLike, quick: bool) -> Iterator[Problem]:
         kernels = {
             kernel: functools.partial(fp8_grouped_matmul, row_tile=row_tile, implementation=kernel) for kernel in native(IMPLEMENTATIONS)
         }
-        num = case.N * case.A
-        moved = jnp.dtype(dtype).itemsize * (num * (case.D + case.F) + case.E * case.D * case.F)
+        num, used = case.N * case.A, len(np.unique(experts(case)))
+        moved = jnp.dtype(dtype).itemsize * (num * (case.D + case.F) + used * case.D * case.F)
         yield Problem(
             case=name,
             tokens=case.N,

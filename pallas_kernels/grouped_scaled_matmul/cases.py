@@ -15,7 +15,7 @@ TEST_CASES = {routing: Case(70, 2, 256, 128, 5, routing) for routing in ROUTINGS
 BENCH_CASES = {f"N{num}": Case(num, 4, 512, 256, 32) for num in (64, 1024)}
 BENCH_GPU_CASES = {
     f"{name} {num}": Case(num, ACTIVE, *COMPILE_SIZES[name], EXPERTS) for name in ("mini gate_up", "mini down") for num in (8192, 64)
-}
+} | {f"mini gate_up 8192 {routing}": Case(8192, ACTIVE, *COMPILE_SIZES["mini gate_up"], EXPERTS, routing) for routing in ("skewed", "one")}
 
 
 def matrices(num_groups: int, columns: int, depth: int) -> Quantized:

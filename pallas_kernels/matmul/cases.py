@@ -57,6 +57,7 @@ BENCH_GPU_CASES = {"square": Case((8192,), 8192, 8192)} | {
     f"{name} {num}": Case((num,), *size) for name, size in COMPILE_SIZES.items() for num in (8192, 64) if num * size[1] < 2**30
 }
 """Without training's LM head: `cross_entropy` never has all logits at once."""
+BENCH_GPU_FP32_CASES = {"mini router 8192": Case((8192,), 2048, 256), "flash router 8192": Case((8192,), 4096, 256)}
 
 
 def compile_cases() -> Iterator[CompileCase]:

@@ -1,16 +1,23 @@
 """The benchmarks' command, the records it writes, and what it says of peers that are not there."""
 
+import importlib
 import json
 import subprocess
 import sys
 import types
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import benchmark
+from pallas_kernels import benchmark, compat
+from pallas_kernels.bench import OPS
 from pallas_kernels.benchmark import InPlace, Problem, Target, compare, measure
+from pallas_kernels.flash_attention import bench as flash
+from pallas_kernels.flash_attention.cases import CacheCase, Case, cache_inputs, inputs
+from pallas_kernels.fused_layers import bench as fused
+from pallas_kernels.fused_layers.cases import residual_rms_norm
 from pallas_kernels.lightning_attention import bench as lightning
 from pallas_kernels.lightning_attention.cases import DecodeCase, decode_inputs
 
@@ -98,17 +105,94 @@ def test_the_decode_benchmark_compares_like_with_like(slots):
     assert sorted(np.asarray(index)) == list(range(64))
 
 
-def test_a_gpu_adds_its_kernels_peers_and_targets(monkeypatch):
-    """The tables alone: nothing is run."""
-    for module in (benchmark, lightning):
-        monkeypatch.setattr(module, "platform", lambda: "gpu")
-    problems = {p.case: p for p in lightning.problems(jnp.bfloat16, False)}
+def peers(*names):
+    return {f"peer: {name}" for name in names}
+
+
+EQUATIONS = peers("its equations, by XLA")
+ATTENTION, EXPERTS = peers("cudnn", "in-tree", "jax.nn"), peers("lax.ragged_dot", "torch._grouped_mm")
+GPU_PEERS = {
+    "cross_entropy": {
+        "mini 8192": peers("log_softmax(h @ w)", "torch cross_entropy(h @ w)"),
+        "logits, mini 64": peers("h @ w, logsumexp"),
+    },
+    "flash_attention": {
+        "(8192, 16, 128)": ATTENTION,
+        "(32768, 16, 128)": ATTENTION - peers("jax.nn"),
+        "decode 64 on 8192, 16": ATTENTION,
+    },
+    "fused_layers": {
+        f"{model} {layer}{fp8}": EQUATIONS
+        for model in ("mini", "flash")
+        for layer in ("residual_rms_norm", "gated_group_norm", "swiglu", "swiglu expert")
+        for fp8 in ("", " fp8 rows", " fp8 rows+columns")
+    }
+    | {"mini qk_norm_rope": EQUATIONS, "mini route": EQUATIONS},
+    "grouped_matmul": {f"mini gate_up 8192{routing}": EXPERTS for routing in ("", " skewed", " one")}
+    | {"mini gate_up 8192 all": peers("lax.ragged_dot"), "mini gate_up 64": EXPERTS},
+    "grouped_scaled_matmul": {f"mini gate_up 8192{routing}": peers("grouped_matmul") for routing in ("", " skewed", " one")},
+    "lightning_attention": {
+        "(1, 16384, 64, 128)": peers("fla chunk_simple_gla"),
+        "decode 64x64": peers("fla fused_recurrent", "fp32 recurrent step"),
+    },
+    "matmul": {"square": peers("x @ w", "torch x @ w")},
+    "scaled_matmul": {
+        "square quantised": peers("x @ w", "torch x @ w", "torch._scaled_mm blocks", "torch._scaled_mm rows"),
+        "square": peers("x @ w", "torch x @ w"),
+    },
+}
+"""Cases of a GPU's benchmarks and who is timed beside us."""
+
+
+def on_a_gpu(op, dtype=jnp.bfloat16):
+    """The problems' tables alone: nothing is run."""
+    with compat.compiling_for("h200"):
+        return {p.case: p for p in importlib.import_module(f"pallas_kernels.{op}.bench").problems(dtype, False)}
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_a_gpu_adds_its_kernels_and_peers(op):
+    problems = on_a_gpu(op)
+    names = {case: {*p.implementations, *p.torch} for case, p in problems.items()}
+    assert {case: {x for x in names[case] if x.startswith("peer")} for case in GPU_PEERS[op]} == GPU_PEERS[op]
+    for case, p in problems.items():
+        assert any(name.startswith("pallas_gpu") for name in p.implementations)
+        assert p.peer in names[case]
+        assert {t.of for targets in p.targets.values() for t in targets} <= {*names[case], "floor", "second"}
+
+
+def test_a_gpus_targets():
+    problems = on_a_gpu("lightning_attention")
     prefill, decode, lone = (problems[name] for name in ("(1, 16384, 64, 128)", "decode 64x64", "decode 1x16"))
-    assert list(prefill.implementations) == ["pallas_gpu", "xla"]
     assert [t.ratio for t in prefill.targets["forward"]] == [0.5, 1.5]
     assert [decode.targets["forward"][0].ratio, lone.targets["forward"][0].ratio] == [0.5, 1.0]
-    assert prefill.peer in prefill.torch
-    assert decode.peer in decode.torch
+
+
+def test_a_gpus_routers_are_fp32():
+    routers = on_a_gpu("matmul", jnp.float32)
+    assert set(routers) == {"mini router 8192", "flash router 8192"}
+    assert routers["mini router 8192"].bytes[0] == 4 * (8192 * 2048 + 2048 * 256 + 8192 * 256)
+
+
+def test_jaxs_own_attention_kernels_are_called_as_they_want():
+    *rows, start, stop = inputs(Case(1, 256, 4, 2, 16), jnp.float32)
+
+    def gradients(attend):
+        return jax.vjp(lambda *rows: attend(*rows, start, stop), *rows)[1](rows[0])
+
+    theirs, truth = (jax.jit(gradients, static_argnums=0)(f) for f in (lambda *x: flash.in_tree(*x, interpret=True), flash.truth))
+    for d, expected in zip(theirs, truth, strict=True):
+        np.testing.assert_allclose(d, expected, atol=1e-5)
+    cached = cache_inputs(CacheCase(2, 1, 256, 4, 2, 16), jnp.float32)
+    np.testing.assert_allclose(flash.in_tree_decode(*cached, interpret=True), flash.truth(*cached), atol=1e-5)
+
+
+@pytest.mark.parametrize("emit", [("rows",), ("rows", "columns")])
+def test_the_benchmark_of_fp8_layers_shows_what_fp8_costs(emit):
+    records, left_out = run(fused.in_fp8("norm", residual_rms_norm(40, 256), emit, jnp.float32))
+    assert not left_out
+    assert set(records) == {(name, "forward") for name in ("xla", "xla aligned", fused.PEER)}
+    assert all(1e-3 < r["error"] < 2**-4 for r in records.values())
 
 
 def test_a_gpus_kernel_time_is_the_sum_over_its_streams(monkeypatch):
