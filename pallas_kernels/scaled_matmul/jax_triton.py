@@ -1,4 +1,4 @@
-"""The scaled product for Hopper GPUs as a Triton kernel, called through jax-triton (extra `triton`): operands come by TMA descriptors.
+"""The scaled product for Hopper GPUs as a Triton kernel, called through jax-triton (extra `cuda`): operands come by TMA descriptors.
 
 It stands beside `pallas_gpu` and is chosen by name only. Importing this file needs jax-triton, which brings Triton.
 """

@@ -1,6 +1,6 @@
 """The Triton kernel of the scaled product, as far as a machine without a GPU can run it: interpreted, and compiled for an H200.
 
-Both need what the everyday environment lacks: Triton and torch (extra `bench`); gates with jax-triton (extras `gates` and `triton`).
+Both need what the everyday environment lacks: Triton and torch (extra `bench`); gates with jax-triton (extras `gates` and `cuda`).
 """
 
 import importlib.util
@@ -14,6 +14,8 @@ import sys
 import pytest
 
 from pallas_kernels.aot import __main__ as command
+
+pytestmark = pytest.mark.slow
 
 INTERPRETED = """
 import sys, types
