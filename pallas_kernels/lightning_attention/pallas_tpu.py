@@ -128,15 +128,19 @@ def _largest_divisor(n: int, most: int) -> int:
     return next(d for d in range(min(n, most), 0, -1) if n % d == 0)
 
 
+def _group(heads: int, batch: int, choice: tiles.LightningTpu) -> int:
+    """The heads of a program: the most with which every core gets as many programs as the others, or if none do, the most."""
+    divisors = [d for d in range(min(heads, choice.heads), 0, -1) if heads % d == 0]
+    return next((d for d in divisors if heads // d * batch % choice.cores == 0), divisors[0])
+
+
 def _call(kernel, name: str, sequences, weights: Weights, state, reset, last, out_sizes, dtype, flops_per_row: int, reverse: bool = False):
     """Run a kernel over the sequences [B, T, H, size]; returns arrays [B, T, H, size] of `out_sizes` and the state at the end."""
     batch, num_tokens, heads = sequences[0].shape[:3]
     key_size, value_size = state.shape[2:]
     chunk_size = weights.mask.shape[1]
     choice = tiles.of(tiles.LIGHTNING_TPU)
-    group = _largest_divisor(heads, choice.heads)
-    if group * batch % choice.cores and heads % choice.cores == 0:  # every core gets as many programs as the others
-        group = _largest_divisor(heads // choice.cores, choice.heads)
+    group = _group(heads, batch, choice)
     num_chunks = _largest_divisor(num_tokens // chunk_size, max(1, choice.rows // chunk_size))
     rows, steps = num_chunks * chunk_size, num_tokens // (num_chunks * chunk_size)
     at = (lambda b, h, t, *_: (b, steps - 1 - t, h)) if reverse else (lambda b, h, t, *_: (b, t, h))

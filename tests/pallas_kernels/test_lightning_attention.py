@@ -9,8 +9,15 @@ import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from pallas_kernels import GRID
-from pallas_kernels.lightning_attention import lightning_attention, lightning_attention_step, lightning_attention_verify, reference
+from pallas_kernels import GRID, compat
+from pallas_kernels.lightning_attention import (
+    lightning_attention,
+    lightning_attention_step,
+    lightning_attention_verify,
+    pallas,
+    reference,
+    tile,
+)
 from pallas_kernels.lightning_attention.cases import TEST_CASES, Case, inputs
 from tests.pallas_kernels.programs import (
     DTYPES,
@@ -22,7 +29,7 @@ from tests.pallas_kernels.programs import (
     random_like,
     with_gradients,
 )
-from tests.pallas_kernels.tolerances import assert_close, assert_same_bits
+from tests.pallas_kernels.tolerances import assert_close, assert_same_bits, rms
 
 MODES = {
     "fast": {"aligned": False, "implementation": "xla"},
@@ -40,16 +47,27 @@ exact_modes_and_dtypes = pytest.mark.parametrize(("mode", "dtype"), modes_and_dt
 
 
 def exact_modes_and_chunks(plain, kernel):
-    """Parametrise by mode, dtype, chunk size, and head size: `plain` (dtype, chunk size), in a kernel slow if not in `kernel[name]`."""
+    """Parametrise by mode, dtype, chunk size, and head sizes: `plain` (dtype, chunk size), in a kernel slow if not in `kernel[name]`."""
     slow = lambda mode, how: [] if how in kernel.get(mode, plain) else [pytest.mark.slow]
-    here = [pytest.param(mode, *how, 16, marks=slow(mode, how)) for mode in EXACT for how in plain]
-    sizes = [(*how, size) for how in plain for size in (16, 128)]
-    native = [pytest.param("pallas_gpu", *given, marks=ON_GPU, id="-".join(map(str, ("native", *given)))) for given in sizes]
-    return pytest.mark.parametrize(("mode", "dtype", "chunk_size", "size"), [*here, *native])
+
+    def param(name, mode, how, sizes, marks):
+        return pytest.param(mode, *how, sizes, marks=marks, id="-".join(map(str, (name, *how, *sizes))))
+
+    here = [param(mode, mode, how, (16, 32), slow(mode, how)) for mode in EXACT for how in plain]
+    native = [param("native", "pallas_gpu", how, sizes, ON_GPU) for how in plain for sizes in ((16, 32), (128, 128))]
+    return pytest.mark.parametrize(("mode", "dtype", "chunk_size", "sizes"), [*here, *native])
 
 
 RELEASED = Case(2, 197, 2, 128, 128, state=True, segments=True)
 """Heads as the released models have them: a GPU's tiles as they are there."""
+
+
+@pytest.fixture
+def rounding(monkeypatch):
+    """What goes into a product is in bf16 as on a chip; the products, exact in fp32, stay a CPU's. For programs that are traced here."""
+    on_a_chip = compat.compiling_for("gpu")
+    monkeypatch.setattr(pallas, "dot_operand", on_a_chip(compat.dot_operand))
+    monkeypatch.setattr(tile, "dot_cast", on_a_chip(compat.dot_cast))
 
 
 @functools.cache
@@ -127,6 +145,22 @@ def test_value_and_gradients(name, dtype, mode):
     assert_close(actual, in_float64(truth(name), differentiable, given.log_decay, given.reset, cotangents), dtype)
 
 
+@pytest.mark.parametrize("mode", ["pallas_tpu", "pallas_gpu"])
+@pytest.mark.parametrize("name", BF16_CASES)
+def test_value_and_gradients_of_rounded_operands(name, mode, rounding):
+    case = TEST_CASES[name]
+    given = inputs(case, jnp.bfloat16)
+    differentiable, call = split(given)
+    f = functools.partial(call, functools.partial(lightning_attention, chunk_size=case.C, **MODES[mode]))
+    cotangents = random_like(jax.eval_shape(f, *differentiable))
+    actual = jit_for_values(with_gradients(f))(differentiable, cotangents)
+    wanted = in_float64(truth(name), differentiable, given.log_decay, given.reset, cotangents)
+    assert_close(actual, wanted, jnp.bfloat16)
+    for rounded, exact in zip((actual[0][0], *actual[1][:3]), (wanted[0][0], *wanted[1][:3]), strict=True):
+        floor = rms(exact.astype(jnp.bfloat16).astype(np.float64) - exact)
+        assert rms(rounded - exact) > 1.2 * floor  # it is the floor where operands are not rounded
+
+
 def test_the_decay_gets_no_gradient():
     given = inputs(TEST_CASES["odd_length"], jnp.float32)
     gradient = jax.jit(jax.grad(lambda g: lightning_attention(*given[:3], g)[0].sum()))(given.log_decay)
@@ -184,11 +218,11 @@ def buffers_at(given, start, rows, chunk_size):
     return buffer(given.k), buffer(given.v)
 
 
-@exact_modes_and_chunks([("fp32", 64), ("bf16", 64), ("bf16", 128)], {"pallas_tpu": [("fp32", 64)], "pallas_gpu": [("bf16", 128)]})
-def test_decode_rows_have_the_bits_of_training_at_every_position(dtype, chunk_size, size, mode):
+@exact_modes_and_chunks([("fp32", 64), ("bf16", 64), ("bf16", 128)], {"pallas_tpu": [("fp32", 64)], "pallas_gpu": [("bf16", 64)]})
+def test_decode_rows_have_the_bits_of_training_at_every_position(dtype, chunk_size, sizes, mode):
     """Every position of the first two chunks, as 2 C slots of one batch; a third chunk is left open in training."""
     length, width = 2 * chunk_size + 9, 2 * chunk_size
-    given = inputs(Case(2, length, 2, size, size, C=chunk_size), DTYPES[dtype])
+    given = inputs(Case(2, length, 2, *sizes, C=chunk_size), DTYPES[dtype])
     run = functools.partial(step(mode), may_fold=False)
     out, _ = forward(chunk_size, mode)(*given[:4])
     for row in range(2):
@@ -209,11 +243,11 @@ def test_decode_rows_have_the_bits_of_training_at_every_position(dtype, chunk_si
 
 
 @exact_modes_and_chunks([("fp32", 64), ("bf16", 64), ("fp32", 128)], {"pallas_tpu": [("fp32", 128)], "pallas_gpu": [("bf16", 64)]})
-def test_full_chunks_are_folded_into_the_states_of_the_forward(dtype, chunk_size, size, mode):
+def test_full_chunks_are_folded_into_the_states_of_the_forward(dtype, chunk_size, sizes, mode):
     """The last token of a chunk moves the state on; a slot whose chunk stays open, and one without a token, keep theirs."""
     length = 2 * chunk_size
-    given = inputs(Case(3, length, 2, size, size, C=chunk_size, state=True), DTYPES[dtype])
-    state = given.state
+    given = inputs(Case(3, length, 2, *sizes, C=chunk_size, state=True), DTYPES[dtype])
+    state, (out, _) = given.state, forward(chunk_size, mode)(*given[:4], state=given.state, length=jnp.full(3, length))
     for start in range(0, length, chunk_size):
         last = [x[:, start + chunk_size - 1] for x in given[:3]]
         keys, values = buffers_at(given, start, [chunk_size - 1] * 3, chunk_size)
@@ -222,6 +256,8 @@ def test_full_chunks_are_folded_into_the_states_of_the_forward(dtype, chunk_size
         wanted = forward(chunk_size, mode)(*given[:4], state=given.state, length=jnp.full(3, start + chunk_size))[1]
         assert_same_bits(done.state, wanted)
         assert_same_bits(done.state_copy, wanted.astype(DTYPES[dtype]))
+        if dtype == "fp32":  # in bf16 a CPU's training does not round the state
+            assert_same_bits(done.out, out[:, start + chunk_size - 1])
         index = jnp.array([chunk_size - 2, chunk_size - 1, chunk_size])  # open, full, no token
         mixed = step(mode)(*last, state, keys, values, given.log_decay, index, state_copy=copy)
         assert_same_bits(mixed.state, jnp.stack([state[0], done.state[1], state[2]]))
@@ -240,28 +276,40 @@ def test_a_step_reads_the_copy_of_the_state(mode):
     assert_same_bits(run(given.state, 2 * given.state), run(2 * given.state))
 
 
+@every_exact_mode
+def test_steps_from_the_bf16_copy_have_the_bits_of_training(mode, rounding):
+    """Which rounds its fp32 state. Three steps: in a chunk, up to its end, over it, and from the copy of a state just folded."""
+    given, index, slot = inputs(Case(5, 3 * 64, 2, 32, 32, state=True), jnp.bfloat16), np.array([0, 30, 61, 62, 63]), np.arange(5)
+    program, decode = (jit(functools.partial(f, **MODES[mode])) for f in (lightning_attention, lightning_attention_step))
+    training = lambda length: program(*given[:4], state=given.state, length=length)
+    (out, _), (_, state) = training(jnp.full(5, 3 * 64)), training(jnp.full(5, 64))
+    slots = (state, *buffers_at(given, 64, index, 64), state.astype(jnp.bfloat16))
+    for at in 64 + index + np.arange(3)[:, None]:
+        row, *slots = decode(*(x[slot, at] for x in given[:3]), *slots[:3], given.log_decay, at % 64, state_copy=slots[3])
+        assert_same_bits(row, out[slot, at])
+    _, wanted = training(at + 1)
+    assert_same_bits((slots[0], slots[3]), (wanted, wanted.astype(jnp.bfloat16)))
+
+
 PATHS = ((0, 1, 3, 4), (0, 1, 5, -1), (0, 2, -1, -1), (6, -1, -1, -1))
 
 
 @exact_modes_and_dtypes
 def test_a_tree_of_drafts_has_the_bits_of_each_path_in_training(dtype, mode):
-    """In the middle of a chunk, over its end, and where the second token begins the next chunk; the slots differ in that."""
-    starts = np.array([17, 61, 63])
-    given = inputs(Case(3, 64 + 7, 2, 16, 16), DTYPES[dtype])
-    nodes = [x[:, 64:] for x in given[:3]]
-    keys, values = buffers_at(given, 0, starts, 64)
+    """In every row of a chunk: in the middle of it, over its end, and where the second token begins the next one. Beside any slots."""
+    starts, slot = np.arange(64), np.arange(64)[:, None]
+    given = inputs(Case(64, 64 + 7, 2, 16, 32, state=True), DTYPES[dtype])
+    slots = [*(x[:, 64:] for x in given[:3]), given.state, *buffers_at(given, 0, starts, 64)]
     verify = jit(functools.partial(lightning_attention_verify, **MODES[mode]))
-    out = verify(*nodes, jnp.zeros((3, 2, 16, 16)), keys, values, given.log_decay, starts, jnp.array(PATHS))
+    out = verify(*slots, given.log_decay, starts, jnp.array(PATHS))
+    few = np.array([63, 17, 61])
+    assert_same_bits(verify(*(x[few] for x in slots), given.log_decay, starts[few], jnp.array(PATHS)), out[few])
     for path in PATHS:
-        path = [node for node in path if node >= 0]
-        for slot, start in enumerate(starts):
-            sequence = [jnp.zeros_like(x[:1, :80]) if x.shape[1] >= 80 else jnp.zeros((1, 80, *x.shape[2:]), x.dtype) for x in given[:3]]
-            sequence = [
-                x.at[0, :start].set(whole[slot, :start]).at[0, start : start + len(path)].set(whole[slot, 64:][np.array(path)])
-                for x, whole in zip(sequence, given[:3], strict=True)
-            ]
-            wanted = forward(64, mode)(*sequence, given.log_decay)[0][0, start : start + len(path)]
-            assert_same_bits(out[slot, np.array(path)], wanted)
+        path = np.array([node for node in path if node >= 0])
+        rows = starts[:, None] + np.arange(len(path))
+        sequence = [x.at[slot, rows].set(x[:, 64 + path]) for x in given[:3]]
+        wanted, _ = forward(64, mode)(*sequence, given.log_decay, state=given.state)
+        assert_same_bits(out[:, path], wanted[slot, rows])
 
 
 @pytest.mark.parametrize("name", ["initial_state", "segments", "chunk_128"])
@@ -330,6 +378,20 @@ def test_a_chunk_that_does_not_divide_the_grid_is_refused():
     given = inputs(TEST_CASES["one_token"], jnp.float32)
     with pytest.raises(ValueError, match="chunk_size 48 does not divide the grid of 128"):
         lightning_attention(*given[:4], chunk_size=48)
+
+
+@pytest.mark.parametrize(
+    ("kind", "batch", "heads", "programs"),
+    [("v5p", 1, heads, programs) for heads, programs in ((2, 2), (4, 2), (6, 2), (8, 2), (16, 2), (32, 4), (9, 3))]
+    + [("v5p", 2, 8, 1), ("v5p", 3, 8, 2), ("v5e", 1, 8, 1), ("v6e", 1, 16, 2)],
+)
+def test_every_core_gets_as_many_programs_as_the_others(kind, batch, heads, programs):
+    """A v5p has two; nine heads are no even number of programs. A program has at most eight heads."""
+    given = [jax.ShapeDtypeStruct((batch, 256, heads, 128), jnp.bfloat16)] * 3 + [jax.ShapeDtypeStruct((heads,), jnp.float32)]
+    with compat.compiling_for(kind):
+        jaxpr = jax.make_jaxpr(lambda *given: lightning_attention(*given, implementation="pallas_tpu"))(*given)
+    (call,) = (e for e in compat.equations(jaxpr) if e.primitive.name == "pallas_call")
+    assert call.params["grid_mapping"].grid[:2] == (batch, programs)
 
 
 @pytest.mark.parametrize("mode", ["pallas_tpu", "pallas_gpu"])

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from pallas_kernels import compat
 from pallas_kernels.fused_layers import gated_group_norm, qk_norm_rope
 from pallas_kernels.fused_layers import reference as layers
-from pallas_kernels.matmul import ROW_TILE, map_row_tiles, matmul, reference
+from pallas_kernels.matmul import ROW_TILE, map_row_tiles, matmul, pallas, reference
 from pallas_kernels.matmul.api import IMPLEMENTATIONS
 from pallas_kernels.matmul.cases import TEST_CASES, Case, inputs
 from tests.pallas_kernels.programs import (
@@ -27,7 +27,7 @@ from tests.pallas_kernels.programs import (
     with_gradients,
     with_native,
 )
-from tests.pallas_kernels.tolerances import assert_close, assert_same_bits
+from tests.pallas_kernels.tolerances import assert_close, assert_same_bits, rms
 
 ROW_COUNTS = (1, 8, ROW_TILE - 1, ROW_TILE, ROW_TILE + 1, 64, 200, 300)
 FEW_COUNTS = (1, ROW_TILE + 1, 200)
@@ -47,6 +47,23 @@ def test_value_and_gradients(name, dtype, implementation):
     cotangent = random_like(jax.eval_shape(matmul, x, w))
     actual = jit_for_values(with_gradients(functools.partial(matmul, aligned=is_aligned, implementation=implementation)))((x, w), cotangent)
     assert_close(actual, in_float64(truth, (x, w), cotangent), dtype)
+
+
+@pytest.mark.parametrize("name", ["odd_rows", "several_tiles"])
+@pytest.mark.parametrize("implementation", ["pallas_tpu", "pallas_gpu"])
+def test_value_and_gradients_of_rounded_operands(implementation, name, monkeypatch):
+    """Kernels take bf16 as on a chip, in the tiles for it, and the gradient of an fp32 result is rounded to it."""
+    monkeypatch.setattr(pallas, "dot_operand", compat.compiling_for("gpu")(compat.dot_operand))
+    x, w = inputs(TEST_CASES[name], jnp.bfloat16)
+    f = functools.partial(matmul, out_dtype=jnp.float32, implementation=implementation)
+    cotangent = random_like(jax.eval_shape(f, x, w))
+    y, gradients = jit_for_values(with_gradients(f))((x, w), cotangent)
+    exact, wanted = in_float64(truth, (x, w), cotangent)
+    assert_close(y, exact, jnp.float32)
+    assert_close(gradients, wanted, jnp.bfloat16)
+    for rounded, gradient in zip(gradients, wanted, strict=True):
+        floor = rms(gradient.astype(jnp.bfloat16).astype(np.float64) - gradient)
+        assert rms(rounded - gradient) > 1.2 * floor  # it is the floor where dy is not rounded
 
 
 @every_implementation
@@ -86,7 +103,7 @@ def test_any_shape(num, terms, columns, aligned, seed, implementation):
 
 @pytest.mark.parametrize("kind", ["v5e", "v5p", "v6e", "h200"])
 def test_one_tile_for_any_number_of_rows(kind):
-    """The kernel's jaxpr and its blocks are the same for 1 and 8192 rows: only the grid differs."""
+    """The kernel's blocks and products are the same for 1 and 8192 rows; what differs is the grid, and a GPU's masks of the last tile."""
 
     def kernel(num):
         arguments = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((num, 2048), (2048, 6144)))
@@ -94,9 +111,11 @@ def test_one_tile_for_any_number_of_rows(kind):
             jaxpr = jax.make_jaxpr(lambda x, w: matmul(x, w, aligned=True))(*arguments)
         (call,) = (e for e in compat.equations(jaxpr) if e.primitive.name == "pallas_call")
         assert not call.params["interpret"]
-        return [str(block.block_aval) for block in call.params["grid_mapping"].block_mappings]
+        blocks = [str(block.block_aval) for block in call.params["grid_mapping"].block_mappings]
+        products = (e for e in compat.equations(call.params["jaxpr"]) if e.primitive.name == "dot_general")
+        return blocks, [(str(e), *(str(x.aval) for x in e.invars)) for e in products]
 
-    assert kernel(64) == kernel(256) == kernel(8192)
+    assert kernel(1) == kernel(64) == kernel(256) == kernel(8192)
 
 
 @every_implementation

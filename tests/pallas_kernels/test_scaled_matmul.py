@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from jax._src.pallas.mosaic_gpu.interpret.interpret_pallas_call import get_races  # jax has no public name for it
 
@@ -64,6 +64,29 @@ def test_products_of_every_implementation(name, block):
         for implementation in IMPLEMENTATIONS:
             assert_close(product(implementation, jnp.bfloat16)(a, b), truth, jnp.bfloat16)
         assert_close(jit_for_values(scaled_matmul)(a, b), truth, jnp.float32)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@settings(deadline=None, max_examples=4, phases=[Phase.generate])
+@given(
+    sizes=st.tuples(st.integers(1, 200), st.integers(1, 400), st.integers(1, 200)),
+    block=st.booleans(),
+    spread=st.integers(0, 40),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_any_shape_and_scales(implementation, sizes, block, spread, seed):
+    """Of any values, denormal ones, too: each result is as exact as its own terms are large, however its neighbours are scaled."""
+    rng, (rows, depth, columns) = np.random.default_rng(seed), sizes
+    every = np.arange(256, dtype=np.uint8).view(jnp.float8_e4m3fn)
+    finite = every[np.isfinite(every.astype(np.float32))]
+
+    def operand(rows, block):
+        scales = 2 ** rng.uniform(-spread, spread, (-(-depth // GROUP), -(-rows // GROUP) if block else rows))
+        return Quantized(jnp.asarray(rng.choice(finite, (rows, depth))), jnp.asarray(scales, jnp.float32))
+
+    a, b = operand(rows, False), operand(columns, block)
+    truth, largest = (in_float64(reference.scaled_matmul, *x) for x in ((a, b), jax.tree.map(jnp.abs, (a, b))))
+    assert (np.abs(product(implementation)(a, b) - truth) <= fp8_tolerance(implementation) * largest).all()
 
 
 @every_implementation
@@ -220,10 +243,13 @@ def test_zeros_denormals_and_tiny_groups_have_the_smallest_scale(power_of_two):
     values = np.asarray(q.values).astype(np.float64)
     assert not values[:2].any()
     assert values[2, :2].tolist() == [448, -1]
-    for implementation in IMPLEMENTATIONS:
-        y = product(implementation)(q, quantize(np.ones((2, GROUP), np.float32)))
-        assert np.isfinite(y).all()
-        assert not np.asarray(y)[:2].any()
+    for largest in (1, LARGEST):
+        other = quantize(np.full((2, GROUP), largest, np.float32), power_of_two=power_of_two)
+        truth, scales = numbers(q) @ numbers(other).T, np.asarray(q.scales, np.float64).T * np.asarray(other.scales, np.float64)
+        for implementation in IMPLEMENTATIONS:
+            y, normal = np.asarray(product(implementation)(q, other)), scales >= SMALLEST_SCALE
+            np.testing.assert_allclose(y[normal], truth[normal], rtol=fp8_tolerance(implementation))
+            assert (np.abs(y) <= 1.01 * np.abs(truth)).all()  # others may vanish
 
 
 def test_values_saturate_at_the_largest():
