@@ -3,7 +3,7 @@
 import contextlib
 import contextvars
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -22,6 +22,7 @@ __all__ = [
     "AbstractDevice",
     "Literal",
     "apart",
+    "apart_if_interpreted",
     "bind_equation",
     "compiler_options",
     "compiling_for",
@@ -185,6 +186,14 @@ def apart(product: jax.Array) -> jax.Array:
     The choice keeps them apart; its second branch is what it replaces (inf or NaN), which no compiler knows.
     """
     return jnp.where(jnp.isfinite(product), product, 2 * product)
+
+
+def apart_if_interpreted(target: str) -> Callable[[jax.Array], jax.Array]:
+    """Return `apart` where a kernel for `target` is interpreted, else what changes nothing.
+
+    XLA:CPU contracts a kernel's products and sums otherwise in another program; a kernel's own compiler sees it alone.
+    """
+    return apart if interpreted(target) else lambda product: product
 
 
 def pin(tree: Any, aligned: bool = True) -> Any:

@@ -31,7 +31,7 @@ TRAINING = {"mini": {"v5p": "2x4", "v6e": "4x4", "h200": "2x4"}, "flash": {"v5p"
 DECODING = {"mini": {"v5p": "1x1", "v6e": "1x4", "h200": "1x1"}, "flash": {"v5p": "1x4", "v6e": "1x16", "h200": "1x4"}}
 MEMORY = {"v5p": 95 * 2**30, "v6e": 31 * 2**30, "h200": 140 * 2**30}
 """Bytes of a chip that a program can have."""
-TOKENS = 4096
+TOKENS = {"v5p": 4096, "v6e": 2048, "h200": 4096}
 """Of a chip in a training step: one row."""
 SLOTS = 64
 """Of a chip in a decode step."""
@@ -57,9 +57,9 @@ def _case(name: str, config: ModelConfig, how: Numerics, target: str, kind: str,
     chips = math.prod(sizes.values())
 
     def program(devices: Sequence[Any]) -> tuple[Any, tuple[Any, ...]]:
-        return make(kind, config, how, sharding.make_mesh(sizes, devices))
+        return make(kind, config, how, sharding.make_mesh(sizes, devices), tokens)
 
-    tokens = SLOTS if kind == "decode" else TOKENS
+    tokens = SLOTS if kind == "decode" else TOKENS[target]
     weight = {"step": 16, "evaluate": 4, "decode": 2}[kind]  # bytes of a parameter that are read and written, at least
     return CompileCase(
         kernel=f"model.{name}.{kind}{'.fp8' * how.fp8}",
@@ -68,7 +68,7 @@ def _case(name: str, config: ModelConfig, how: Numerics, target: str, kind: str,
         program=program,
         arguments=(),
         bytes=flops.num_params(config) * weight / chips,
-        flops=tokens * flops.training_flops_per_token(config, TOKENS) / (1 if kind == "step" else 3),
+        flops=tokens * flops.training_flops_per_token(config, TOKENS[target]) / (1 if kind == "step" else 3),
         memory=MEMORY[target],
         temporaries=0.1 if kind == "decode" else None,
         devices=chips,
@@ -80,32 +80,32 @@ def _placed(tree: Any, shardings: Any) -> Any:
     return jax.tree.map(lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), tree, shardings)
 
 
-def _training(kind: str, config: ModelConfig, how: Numerics, mesh: Mesh) -> tuple[Any, tuple[Any, ...]]:
+def _training(kind: str, config: ModelConfig, how: Numerics, mesh: Mesh, tokens: int) -> tuple[Any, tuple[Any, ...]]:
     program = make_program(config, how, OptimizerConfig(), 1000, 0, mesh)
     state = _placed(program.abstract, program.state_shardings)
     tables = jax.eval_shape(program.make_tables)
     tables = _placed(tables, jax.tree.map(lambda _: NamedSharding(mesh, P()), tables))
-    ids: Any = jax.ShapeDtypeStruct((mesh.size, TOKENS), jnp.int32, sharding=program.batch_sharding)
+    ids: Any = jax.ShapeDtypeStruct((mesh.size, tokens), jnp.int32, sharding=program.batch_sharding)
     batch = Batch(ids, ids, ids)
     if kind == "step":
         return program.step, (state, tables, batch)
     return program.evaluate, (state.params, state.balance, tables, batch)
 
 
-def _decode(kind: str, config: ModelConfig, how: Numerics, mesh: Mesh) -> tuple[Any, tuple[Any, ...]]:
+def _decode(kind: str, config: ModelConfig, how: Numerics, mesh: Mesh, slots: int) -> tuple[Any, tuple[Any, ...]]:
     graph, params, biases, tables = scoring.split(nnx.eval_shape(lambda: Ring(config, how, rngs=nnx.Rngs(0), stacked=False)))
     model = nnx.merge(graph, params, biases, tables)
     params = jax.eval_shape(lambda params: round_weights(params, how.dtype), params)
-    cache = jax.eval_shape(lambda: model.init_cache(SLOTS * mesh.size, CACHE))
-    ids = jax.ShapeDtypeStruct((SLOTS * mesh.size, 1), jnp.int32)
-    slots = Cache(jax.tree.map(lambda _: P(None, None, *sharding.batch_spec()), cache.layers), sharding.batch_spec())
+    cache = jax.eval_shape(lambda: model.init_cache(slots * mesh.size, CACHE))
+    ids = jax.ShapeDtypeStruct((slots * mesh.size, 1), jnp.int32)
+    cached = Cache(jax.tree.map(lambda _: P(None, None, *sharding.batch_spec()), cache.layers), sharding.batch_spec())
 
     def step(params, biases, tables, tokens, positions, cache):
         output = nnx.merge(graph, params, biases, tables)(tokens, positions, cache)
         return output.hidden, output.cache
 
     weights = tuple(sharding.specs(state, mesh) for state in (params, biases, tables))
-    specs = (*weights, sharding.batch_spec(), sharding.batch_spec(), slots)
+    specs = (*weights, sharding.batch_spec(), sharding.batch_spec(), cached)
     where = jax.tree.map(lambda s: NamedSharding(mesh, s), specs, is_leaf=lambda x: isinstance(x, P))
-    program = sharding.on_mesh(step, mesh, specs, (sharding.batch_spec(), slots))
+    program = sharding.on_mesh(step, mesh, specs, (sharding.batch_spec(), cached))
     return numerics.jit(program, how, donate_argnums=5), _placed((params, biases, tables, ids, ids, cache), where)

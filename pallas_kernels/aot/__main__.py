@@ -88,7 +88,7 @@ class Worker:
 
 
 def lines(row: dict[str, Any]) -> list[str]:
-    """Return a row as text: a line for each kernel (equal ones share it), under one for the program if it has several, and one for what failed."""
+    """Return a row as text: a line for each kernel (equal ones share it), under one for the program if it has several, and what failed."""
     title, text = f"{row['kernel']:<38}{row['shape']:<26}{row['target']:<6}", []
     several = len(row["kernels"]) > 1
     if several:

@@ -16,7 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
 from pallas_kernels import tiles
-from pallas_kernels.compat import interpreted
+from pallas_kernels.compat import apart_if_interpreted, interpreted
 from pallas_kernels.fused_layers.rows import Out, Pass, Piece, grouped, moved, pieces, quantised_after, shapes
 from pallas_kernels.fused_layers.tile import Lanes
 from pallas_kernels.scaled_matmul.quantized import GROUP, finite_magnitude, group_scales, to_e4m3
@@ -148,7 +148,8 @@ def _kernel(*refs, call: Pass, parts: int, num: int, height: int, turns: int, nu
                 seen.append(load(turn, where, arrays, j))
                 if operand.half:
                     partner = load(turn, where, arrays, j, operand.half)
-                    seen.append(Lanes(lambda f, own=(), other=(), partner=partner: f(partner, *other)))
+                    exchanged = lambda f, own=(), other=(), partner=partner: f(partner, *other)
+                    seen.append(Lanes(exchanged, apart=apart_if_interpreted("gpu")))
         return list(call.tile(*seen, *factors))
 
     def copied(turn) -> list[Any]:

@@ -13,7 +13,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import tiles
-from pallas_kernels.compat import apart, dot_operand, interpreted
+from pallas_kernels.compat import apart_if_interpreted, dot_operand, interpreted
 from pallas_kernels.fused_layers.rows import Pass, Piece, grouped, moved, pieces, quantised_after, shapes, spread_before
 from pallas_kernels.fused_layers.tile import Lanes
 
@@ -35,7 +35,7 @@ def _lanes(x: jax.Array, half: int) -> Lanes:
     values each: squares of bf16 values are exact so, others keep 16 bits.
     """
     size, axis = x.shape[-1], x.ndim - 1
-    kept_apart = apart if interpreted("tpu") else lambda x: x  # XLA:CPU contracts otherwise in a program for several devices
+    kept_apart = apart_if_interpreted("tpu")
     if size != _LANES or x.dtype != jnp.bfloat16:
         return Lanes(lambda f, own=(), other=(): _exchanged(f(x, *own), half), apart=kept_apart)
     product = lambda x, y: lax.dot(dot_operand(x), dot_operand(y.astype(jnp.bfloat16)), preferred_element_type=jnp.float32)

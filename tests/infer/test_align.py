@@ -36,8 +36,8 @@ def two_layers(tmp_path_factory):
     return write_hf(tmp_path_factory.mktemp("align"), TWO_LAYERS, random_tensors(TWO_LAYERS))
 
 
-def programs(folder, precision=None, remat="none") -> align.Programs:
-    how = {"precision": precision, "remat": remat}
+def programs(folder, precision=None, remat="none", kernels="auto") -> align.Programs:
+    how = {"precision": precision, "remat": remat, "kernels": kernels}
     loaded = [checkpoint.load(folder, stacked=stacked, gradients=stacked, **how).model for stacked in (True, False)]
     return align.Programs(*loaded)
 
@@ -74,6 +74,23 @@ def test_report(two_layers, monkeypatch, precision, remat):
     tokens = dict(zip(names, (row.tokens for row in rows), strict=True))
     assert tokens["prefill"] == tokens["decode, batch 3"] == sum(map(len, DOCUMENTS)) - 3
     assert tokens["alone"] == 149
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kernels", "sizes"),
+    [
+        ("pallas_tpu", {"hidden_size": 256, "head_size": 128, "num_heads": 2, "num_kv_heads": 1, "expert_size": 128}),
+        ("pallas_gpu", {"hidden_size": 64, "head_size": 16}),
+    ],
+)
+def test_report_of_interpreted_kernels(kernels, sizes, monkeypatch, tmp_path):
+    """By name: one that refuses its case is an error. A long document folds chunks and has several blocks of keys."""
+    monkeypatch.setattr(align, "DECODE_BATCHES", (5,))
+    monkeypatch.setattr(align, "PIECES", (100, 28))
+    config = dataclasses.replace(TWO_LAYERS, **sizes)
+    folder = write_hf(tmp_path, config, random_tensors(config))
+    assert_aligned(align.report(programs(folder, kernels=kernels), DOCUMENTS, []))
 
 
 @pytest.mark.slow
