@@ -98,7 +98,8 @@ def _decode(kind: str, config: ModelConfig, how: Numerics, mesh: Mesh, slots: in
     params = jax.eval_shape(lambda params: round_weights(params, how.dtype), params)
     cache = jax.eval_shape(lambda: model.init_cache(slots * mesh.size, CACHE))
     ids = jax.ShapeDtypeStruct((slots * mesh.size, 1), jnp.int32)
-    cached = Cache(jax.tree.map(lambda _: P(None, None, *sharding.batch_spec()), cache.layers), sharding.batch_spec())
+    by_slot: Any = sharding.batch_spec()
+    cached = Cache(jax.tree.map(lambda _: P(None, None, *by_slot), cache.layers), by_slot)
 
     def step(params, biases, tables, tokens, positions, cache):
         output = nnx.merge(graph, params, biases, tables)(tokens, positions, cache)

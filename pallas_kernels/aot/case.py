@@ -115,7 +115,8 @@ def hlo_bytes(text: str) -> int:
     Of an operand that a fusion only slices, the slices count. What a TPU's compiler keeps in VMEM between operations (memory space 1)
     counts at neither end; loops' bodies do not count.
     """
-    total, sizes, sliced = 0, {}, _sliced(text)
+    total, sliced = 0, _sliced(text)
+    sizes: dict[Any, int] = {}
     for line in text[text.index("\nENTRY") :].splitlines():
         match = _OPERATION.match(line)
         if not match:
@@ -128,14 +129,14 @@ def hlo_bytes(text: str) -> int:
         if operation in _NO_MOVES or is_kernel:
             continue
         called = re.search(r"calls=%?([\w.\-]+)", line)
-        read = {0: sizes[name]} if operation in _SLICES else sliced.get(called[1], {}) if called else {}
+        read: dict[int, int] = {0: sizes[name]} if operation in _SLICES else sliced.get(called[1], {}) if called else {}
         total += sizes[name] + sum(read.get(at, sizes.get(x, 0)) for at, x in enumerate(re.findall(r"%([\w.\-]+)", operands)))
     return total
 
 
 def _sliced(text: str) -> dict[str, dict[int, int]]:
     """Return, for each computation of a program, its parameters that are only sliced, and the bytes of the slices."""
-    found = {}
+    found: dict[str, dict[int, int]] = {}
     for title, body in re.findall(r"^%?([\w.\-]+) \(.*?\) -> .*? \{\n(.*?)^\}", text, re.DOTALL | re.MULTILINE):
         operations = [match.groups() for line in body.splitlines() if (match := _OPERATION.match(line))]
         found[title] = {}
