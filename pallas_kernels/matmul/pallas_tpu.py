@@ -57,7 +57,8 @@ def product(a, b, axes, dtype, aligned):
     tile = tiles.of(tiles.MATMUL_TPU)
     width, depth = _blocks(terms, columns, a.dtype.itemsize, tile)
     height = tile.rows if aligned else tile.gradient_rows
-    while height > tile.rows and 2 * a.dtype.itemsize * depth * (width + height) > tile.vmem // 2:
+    copies = 4 if a.dtype == jnp.float32 else 2  # two blocks of each operand in turn; of fp32, the parts in bf16 that are multiplied, too
+    while height > tile.rows and copies * a.dtype.itemsize * depth * (width + height) > tile.vmem // 2:
         height //= 2
     num_parts = -(-terms // depth)
     pad = lambda x, axis: jnp.pad(x, [(0, (num_parts * depth - terms) * (i == axis)) for i in range(2)])  # rows and columns may hang over
