@@ -81,9 +81,10 @@ def route(num: int, E: int, A: int, num_groups: int, num_active_groups: int, nor
 
 TEST_CASES = {
     "norm": residual_rms_norm(21, 48),
+    "norm_odd": residual_rms_norm(21, 96),
     "first_norm": residual_rms_norm(5, 48, first=True),
     "gated": gated_group_norm(19, 256, 2),
-    "gated_odd": gated_group_norm(9, 72, 3),
+    "gated_odd": gated_group_norm(19, 72, 3),
     "swiglu": swiglu(21, 256),
     "swiglu_odd": swiglu(3, 24),
     "swiglu_weighted": swiglu(19, 256, weighted=True),
@@ -94,6 +95,7 @@ TEST_CASES = {
     "route_odd": route(5, 24, 3, 1, 1, normalise=False),
     "route_wide": route(19, 128, 4, 8, 4),
     "route_groups": route(9, 24, 3, 4, 2),
+    "route_of_a_model": route(9, 256, 8, 8, 4),
 }
 REFUSED = {
     ("gated_odd", "pallas_tpu"): "24 columns are not whole lanes",

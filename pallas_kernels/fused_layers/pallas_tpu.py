@@ -124,7 +124,9 @@ def run(call: Pass) -> tuple[list[tuple[jax.Array, ...]], list[jax.Array]]:
     height = choice.rows
     while height > choice.strip and height * bytes_per_row > choice.block:
         height //= 2
-    strip = min(height, max(choice.strip, choice.entries // max(pieces(x, parts).width for x in call.rows)))
+    strip, widest = height, max(pieces(x, parts).width for x in call.rows)
+    while strip > choice.strip and strip * widest > choice.entries:
+        strip //= 2
     num_blocks = pl.cdiv(num_rows, height)
     of_rows = lambda x: pl.BlockSpec((height, x.shape[1]), lambda i: (i, 0))
     sums = [w.shape[0] * w.shape[1] for w in call.weights[: call.sums]]

@@ -26,6 +26,8 @@ class Case(NamedTuple):
 
 ROUTINGS = ("uniform", "skewed", "one", "empty", "some", "none")
 TEST_CASES = {"more_experts_than_rows": Case(1, 2, 16, 24, 64)} | {routing: Case(77, 3, 48, 40, 8, routing) for routing in ROUTINGS}
+TEST_CASES["experts_of_a_model"] = Case(16, 8, 16, 24, 256, "skewed")
+"""The last one has as many experts, and as many for a token, as the released models."""
 
 BENCH_CASES = {f"N{num}": Case(num, 4, 512, 256, 32) for num in (1, 16, 64, 1024, 4096)} | {
     "N4096_skewed": Case(4096, 4, 512, 256, 32, "skewed"),

@@ -12,6 +12,7 @@ from pallas_kernels.scaled_matmul.cases import operand
 from pallas_kernels.scaled_matmul.quantized import GROUP, Quantized
 
 TEST_CASES = {routing: Case(70, 2, 256, 128, 5, routing) for routing in ROUTINGS}
+TEST_CASES["experts_of_a_model"] = Case(8, ACTIVE, 128, 128, EXPERTS, "skewed")
 BENCH_CASES = {f"N{num}": Case(num, 4, 512, 256, 32) for num in (64, 1024)}
 BENCH_GPU_CASES = {
     f"{name} {num}": Case(num, ACTIVE, *COMPILE_SIZES[name], EXPERTS) for name in ("mini gate_up", "mini down") for num in (8192, 64)

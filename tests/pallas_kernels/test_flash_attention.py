@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from pallas_kernels import GRID
 from pallas_kernels.flash_attention import flash_attention, flash_attention_paged, reference
-from pallas_kernels.flash_attention.cases import TEST_CASES, Case, Inputs, inputs
+from pallas_kernels.flash_attention.cases import TEST_CASES, CacheCase, Case, Inputs, cache_inputs, inputs
 from tests.pallas_kernels.programs import (
     DTYPES,
     ON_GPU,
@@ -36,7 +36,8 @@ KERNELS = ["pallas_tpu", "pallas_gpu"]
 exact_modes_and_dtypes = pytest.mark.parametrize(("mode", "dtype"), modes_and_dtypes(["aligned", *KERNELS]))
 PROMPT = Case(2, 333, 4, 2, 16, V=32)
 CACHE = 512
-KERNEL_CASES = ["odd_length", "segments", "heads_not_power_of_two", "value_size_differs"]
+QUICK_IN_BF16 = {"pallas_tpu": "odd_length", "pallas_gpu": "segments"}
+"""Interpreted kernels differ from plain JAX in their loads and stores, not in their roundings: one case by default."""
 RELEASED = Case(2, 384, 16, 4, 128, segments=True)
 """Heads as the released models have them: a GPU's tiles as they are there."""
 REFUSED_BY_GPUS = {"heads_not_power_of_two": "head size of 8", "value_size_differs": "head size of 24"}
@@ -80,9 +81,12 @@ def check(arguments, dtype, mode):
 
 @pytest.mark.parametrize(
     ("mode", "name", "dtype"),
-    [(mode, name, dtype) for mode in ("fast", "aligned") for name in TEST_CASES for dtype in DTYPES]
-    + [(mode, name, "fp32") for mode in KERNELS for name in KERNEL_CASES]
-    + [("pallas_tpu", "odd_length", "bf16"), ("pallas_gpu", "segments", "bf16")]
+    [
+        pytest.param(mode, name, dtype, marks=[pytest.mark.slow] if dtype == "bf16" and QUICK_IN_BF16.get(mode, name) != name else [])
+        for mode in MODES
+        for name in TEST_CASES
+        for dtype in DTYPES
+    ]
     + [
         pytest.param("pallas_gpu", name, dtype, marks=ON_GPU, id=f"native-{name}-{dtype}")
         for name in (*TEST_CASES, "released")
@@ -195,10 +199,67 @@ def test_pages_have_the_bits_of_flat_keys(mode, dtype):
     assert_same_bits(paged(mode)(query, pages[0], pages[1], table, *bounds), whole[:, 39:])
 
 
-def test_interpreted_kernels_agree():
-    """With each other: the same tile functions on the same tiles."""
-    given = inputs(TEST_CASES["segments"], jnp.float32)
+@pytest.mark.parametrize("mode", ["aligned", *KERNELS])
+def test_any_page_table(mode):
+    """Rows share pages or do not, and numbers of pages that no query sees are any."""
+    q = inputs(Case(2, 40, 4, 2, 16), jnp.float32).q
+
+    @settings(deadline=None, max_examples=8)
+    @given(seed=st.integers(0, 2**32 - 1))
+    def run(seed):
+        rng = np.random.default_rng(seed)
+        pages = rng.standard_normal((2, 8, GRID, 2, 16), np.float32)
+        table, block = rng.integers(0, 8, (2, CACHE // GRID)), np.arange(CACHE // GRID)
+        keys, values = pages[:, table].reshape(2, 2, CACHE, 2, 16)
+        first, last = np.sort(rng.integers(0, CACHE + 1, (2, 2, 1)), axis=0)
+        start, stop = rng.integers(first, last + 1, (2, 2, 40))
+        table = np.where((first < (block + 1) * GRID) & (block * GRID < last), table, rng.integers(-9, 999, table.shape))
+        assert_same_bits(paged(mode)(q, *pages, table, start, stop), forward(mode)(q, keys, values, start, stop))
+
+    run()
+
+
+LONGEST = 1 << 19
+"""Keys of the released models' longest context. The interpreter of TPU kernels copies them in each step."""
+
+
+@functools.cache
+def query_on(num_keys):
+    """Return a query that sees so many keys, what it should give, and pages of the keys in any order with their table."""
+    given, order = cache_inputs(CacheCase(1, 1, num_keys, 2, 1, 16), jnp.float32), np.random.default_rng(0).permutation(num_keys // GRID)
+    pages = [x.reshape(-1, GRID, *x.shape[2:])[order] for x in given[1:3]]
+    return given, in_float64(reference.flash_attention, *given), (*pages, np.argsort(order)[None])
+
+
+@pytest.mark.parametrize(
+    ("mode", "num_keys"),
+    [
+        *((mode, LONGEST) for mode in ("fast", "aligned", "pallas_gpu")),
+        ("pallas_tpu", LONGEST // 16),
+        pytest.param("pallas_tpu", LONGEST, marks=pytest.mark.slow),
+    ],
+)
+def test_a_query_on_very_many_keys(mode, num_keys):
+    given, expected, pages = query_on(num_keys)
+    out = forward(mode)(*given)
+    assert_close(out, expected, jnp.float32)
+    assert_same_bits(paged(mode)(given.q, *pages, *given[3:]), out)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", ["odd_length", "segments"])
+def test_interpreted_kernels_have_equal_bits(name, dtype):
+    """The same tile functions on the same tiles, whatever a step or a program has of them."""
+    given = inputs(TEST_CASES[name], DTYPES[dtype])
     assert_same_bits(forward("pallas_tpu")(*given), forward("pallas_gpu")(*given))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_interpreted_kernels_have_equal_bits_over_pages(dtype):
+    q, rng = inputs(Case(2, 40, 4, 2, 16), DTYPES[dtype]).q, np.random.default_rng(0)
+    pages, table = rng.standard_normal((2, 8, GRID, 2, 16)).astype(q.dtype), rng.integers(0, 8, (2, CACHE // GRID))
+    start, stop = np.sort(rng.integers(0, CACHE + 1, (2, 2, 40)), axis=0)
+    assert_same_bits(*(paged(mode)(q, *pages, table, start, stop) for mode in KERNELS))
 
 
 @pytest.mark.parametrize("mode", KERNELS)

@@ -1,6 +1,7 @@
 """The fused layers: right in value and gradient, rows that do not see their neighbours, and the router's choice to the last tie."""
 
 import functools
+import itertools
 import subprocess
 import sys
 import textwrap
@@ -21,27 +22,31 @@ from pallas_kernels.scaled_matmul.quantized import GROUP
 from tests.pallas_kernels.programs import DTYPES, ON_GPU, in_float64, jit, jit_for_values, jit_of, random_like
 from tests.pallas_kernels.tolerances import assert_close, assert_same_bits
 
-ONLY = {
-    "first_norm": ["xla"],
-    "gated_odd": ["pallas_tpu", "pallas_gpu"],
-    "swiglu_odd": ["pallas_tpu", "pallas_gpu"],
-    "heads_whole": ["xla fast", "pallas_tpu"],
-    "heads_small": ["pallas_tpu", "pallas_gpu"],
-    "route_odd": ["xla fast", "pallas_gpu"],
-    "route_wide": ["pallas_tpu"],
-    "route_groups": ["pallas_tpu", "pallas_gpu"],
-}
-"""Where cases of some backends' branches run, or are refused; all others go through all implementations."""
-SLOW = ("swiglu", "pallas_gpu")
+MODES = ["xla fast", *IMPLEMENTATIONS]
+SLOW = {("swiglu", "pallas_gpu")}
 """XLA:CPU compiles its gradient, interpreted, for a minute or more; the weighted one's takes a second."""
-VARIANTS = [
-    pytest.param(name, mode, marks=[pytest.mark.slow] if (name, mode) == SLOW else [])
-    for name in TEST_CASES
-    for mode in ONLY.get(name, IMPLEMENTATIONS)
-]
+QUICK_IN_BF16 = {
+    ("norm", "xla fast"),
+    ("norm", "pallas_tpu"),
+    ("gated", "pallas_gpu"),
+    ("swiglu_weighted", "pallas_gpu"),
+    ("heads", "pallas_tpu"),
+}
 native = pytest.param("pallas_gpu", marks=ON_GPU, id="native")
 every_implementation = pytest.mark.parametrize("implementation", [*IMPLEMENTATIONS, native])
 RELEASED = {name: case for name, case in cases.model_cases("mini", 300).items() if "linear" not in name}
+SHAPES = {
+    f"{case.op} {' '.join(str(x[1]) for x in case.shapes if x)}": case
+    for num in (1, 37)
+    for case in (
+        *(cases.residual_rms_norm(num, D) for D in (24, 96)),
+        cases.gated_group_norm(num, 384, 3),
+        cases.swiglu(num, 384, weighted=True),
+        *(cases.qk_norm_rope(num, H, G, 128, half) for H, G, half in ((1, 1, 64), (4, 2, 32))),
+    )
+}
+"""All of them taken by every implementation."""
+ALL_CASES = TEST_CASES | RELEASED | SHAPES
 
 
 def with_gradients(layer, case):
@@ -65,18 +70,27 @@ def with_gradients(layer, case):
 @functools.cache
 def truth(name):
     """The reference with its gradients, one object a case: it is compiled once."""
-    case = (TEST_CASES | RELEASED)[name]
-    return with_gradients(case.truth, case)
+    return with_gradients(ALL_CASES[name].truth, ALL_CASES[name])
 
 
-def check(name, dtype, mode):
-    case = (TEST_CASES | RELEASED)[name]
-    is_aligned, implementation = mode != "xla fast", mode.removesuffix(" fast")
-    arguments = case.inputs(dtype)
-    layer = case.function(dtype, aligned=is_aligned, implementation=implementation)
+@functools.cache
+def program(name, dtype, mode):
+    """A layer with its gradients."""
+    case, implementation = ALL_CASES[name], mode.removesuffix(" fast")
+    layer = case.function(dtype, aligned=mode != "xla fast", implementation=implementation)
+    return jit_for_values(with_gradients(layer, case))
+
+
+def check(name, dtype, mode, seed=0):
+    case = ALL_CASES[name]
+    arguments = case.inputs(dtype, seed)
     outs = jax.tree.leaves(jax.eval_shape(case.function(dtype, implementation="xla"), *arguments))
     d_outs = random_like(outs[1:] if case.op == "route" else outs)
-    values, gradients = jit_for_values(with_gradients(layer, case))(arguments, d_outs)
+    if (name, mode) in REFUSED:
+        with pytest.raises(NotImplementedError, match=REFUSED[name, mode]):
+            program(name, dtype, mode)(arguments, d_outs)
+        return
+    values, gradients = program(name, dtype, mode)(arguments, d_outs)
     true_values, true_gradients = in_float64(truth(name), arguments, d_outs)
     if case.op == "route":
         np.testing.assert_array_equal(values.pop(0), true_values.pop(0))
@@ -84,31 +98,31 @@ def check(name, dtype, mode):
     assert_close((values, gradients), (true_values, true_gradients), dtype)
 
 
-@pytest.mark.parametrize(("name", "mode"), VARIANTS)
+@pytest.mark.parametrize(
+    ("name", "mode"),
+    [pytest.param(*how, marks=[pytest.mark.slow] if how in SLOW else []) for how in itertools.product(TEST_CASES, MODES)],
+)
 def test_value_and_gradients(name, mode):
     """Of an interpreted kernel, too: what it does not write, or reads from outside of an array, is NaN there."""
-    if (name, mode) in REFUSED:
-        with pytest.raises(NotImplementedError, match=REFUSED[name, mode]):
-            check(name, jnp.float32, mode)
-    else:
-        check(name, jnp.float32, mode)
+    check(name, jnp.float32, mode)
 
 
 @pytest.mark.parametrize(
     ("name", "mode"),
-    [
-        *(
-            ("norm", "xla fast"),
-            ("norm", "pallas_tpu"),
-            ("gated", "pallas_gpu"),
-            ("swiglu_weighted", "pallas_gpu"),
-            ("heads", "pallas_tpu"),
-        ),
-        pytest.param(*SLOW, marks=pytest.mark.slow),
-    ],
+    [pytest.param(*how, marks=[] if how in QUICK_IN_BF16 else [pytest.mark.slow]) for how in itertools.product(TEST_CASES, MODES)],
 )
 def test_value_and_gradients_in_bf16(name, mode):
     check(name, jnp.bfloat16, mode)
+
+
+@pytest.mark.parametrize("mode", IMPLEMENTATIONS)
+def test_any_shape(mode):
+    @settings(deadline=None, max_examples=10)
+    @given(name=st.sampled_from([*SHAPES]), seed=st.integers(0, 2**32 - 1))
+    def run(name, seed):
+        check(name, jnp.float32, mode, seed)
+
+    run()
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=ON_GPU) for name in RELEASED])
@@ -139,6 +153,26 @@ EMITTING = {
     "swiglu": cases.swiglu(300, 384),
     "swiglu_weighted": cases.swiglu(128, 256, weighted=True),
 }
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [*itertools.product(("norm", "gated", "swiglu_weighted"), DTYPES), ("first_norm", "fp32"), ("heads", "fp32"), ("route_wide", "fp32")],
+)
+def test_interpreted_kernels_have_equal_bits(name, dtype):
+    """Where a row's sum has one order.
+
+    XLA:CPU sums 32 numbers at a time, counted from the middle of a row, and tiles of 4096 numbers and more in another way. A GPU's rows are
+    as wide as a power of two, and a TPU sums the squares of bf16 heads in its matrix unit. Heads are turned by right angles: only a TPU's
+    interpreted kernel keeps the products of a rotation from becoming multiply-adds.
+    """
+    case = (TEST_CASES | EMITTING)[name]
+    arguments = case.inputs(DTYPES[dtype])
+    if name == "heads":
+        quarters = np.random.default_rng(0).integers(0, 4, arguments[1].shape)
+        arguments[1:3] = (np.array(turns, np.float32)[quarters] for turns in ([1, 0, -1, 0], [0, 1, 0, -1]))
+    programs = (jit_of(kernel)(case.function(DTYPES[dtype], implementation=kernel)) for kernel in ("pallas_tpu", "pallas_gpu"))
+    assert_same_bits(*(run(*arguments) for run in programs))
 
 
 def rows_of(outs):

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pallas_kernels import compat
+from pallas_kernels import tiles as tables
 from pallas_kernels.fused_layers import reference as layers
 from pallas_kernels.fused_layers import swiglu
 from pallas_kernels.grouped_matmul import (
@@ -78,14 +79,22 @@ def arguments_of(case, dtype, seed=0):
     return arguments, experts, random_like(tuple(results))
 
 
-FP32 = [(*pair, "fp32") for pair in itertools.product(["xla fast", *IMPLEMENTATIONS], TEST_CASES)]
-BF16 = [(*pair, "bf16") for pair in (*itertools.product(("xla fast", "xla"), TEST_CASES), *itertools.product(KERNELS, ("skewed", "some")))]
+SLOW = {
+    *itertools.product(KERNELS, ("more_experts_than_rows", "experts_of_a_model"), ("bf16",)),
+    *itertools.product(("xla fast",), ("experts_of_a_model",), DTYPES),
+    ("xla", "experts_of_a_model", "fp32"),
+}
+"""These compile programs that no other test runs; the other routings share one."""
+VALUE_CASES = [
+    pytest.param(*case, marks=[pytest.mark.slow] if case in SLOW else [])
+    for case in itertools.product(["xla fast", *IMPLEMENTATIONS], TEST_CASES, DTYPES)
+]
 NATIVE = [
     pytest.param("pallas_gpu", name, dtype, marks=ON_GPU, id=f"native-{name}-{dtype}") for name in TEST_CASES | RELEASED for dtype in DTYPES
 ]
 
 
-@pytest.mark.parametrize(("implementation", "name", "dtype"), FP32 + BF16 + NATIVE)
+@pytest.mark.parametrize(("implementation", "name", "dtype"), VALUE_CASES + NATIVE)
 def test_value_and_gradients(name, dtype, implementation):
     """Of an interpreted kernel, too: what it does not write, or reads from behind an array, is NaN there."""
     case, dtype = (TEST_CASES | RELEASED)[name], DTYPES[dtype]
@@ -199,11 +208,15 @@ MLP_CASES = TEST_CASES | {
     "high_load": Case(150, 3, 48, 40, 8, "skewed"),
 }
 """At the high load of the last, fast numerics take four tiles of a group in a turn, and one where fewer are left."""
-MLP = [
-    *itertools.product(["xla fast", "xla"], TEST_CASES),
+QUICK_MLP = {
+    *itertools.product(("xla fast", "xla"), set(TEST_CASES) - {"experts_of_a_model"}),
     ("xla fast", "high_load"),
-    *itertools.product(KERNELS, ("lanes",)),
-    *itertools.product(("pallas_gpu",), ("skewed", "odd_width", "none")),
+    *itertools.product(KERNELS, ("lanes", "skewed", "none")),
+    ("pallas_gpu", "odd_width"),
+}
+MLP = [
+    pytest.param(*case, marks=[] if case in QUICK_MLP else [pytest.mark.slow])
+    for case in itertools.product(["xla fast", *IMPLEMENTATIONS], MLP_CASES)
 ]
 
 
@@ -218,6 +231,46 @@ def test_both_products_of_an_expert(implementation, name):
     out, gradients = run(arguments, experts, cotangent)
     assert_close((out, gradients), in_float64(mlp_truth, arguments, experts, cotangent), jnp.float32)
     assert not np.asarray(out)[np.asarray(experts).reshape(-1) >= case.E].any()
+
+
+def take_a_tpus_tiles(monkeypatch, **sizes):
+    """Let a GPU's kernel take these: XLA:CPU multiplies tiles of other sizes in other ways, and sums of several depths are in pieces."""
+    size = tables.GROUPED_GPU_FP32["cpu"]._replace(rows=tables.GROUPED_TPU["cpu"].rows, **sizes)
+    monkeypatch.setattr(tables, "GROUPED_GPU_FP32", {"cpu": size})
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", ["skewed", "some"])
+def test_interpreted_kernels_have_equal_bits(name, dtype, monkeypatch):
+    case = TEST_CASES[name]
+    take_a_tpus_tiles(monkeypatch, columns=case.F, depth=case.D)
+    arguments, experts, _ = arguments_of(case, DTYPES[dtype])
+    assert_same_bits(*(jit_of(kernel)(functools.partial(ffn, implementation=kernel))(*arguments, experts) for kernel in KERNELS))
+
+
+def test_interpreted_experts_have_equal_bits(monkeypatch):
+    """In fp32: on a CPU a GPU's kernel leaves what is between the products of bf16 rows unrounded, as operands are held there."""
+    take_a_tpus_tiles(monkeypatch, columns=256, depth=128)  # half of the columns are gate, half up
+    arguments, experts, _ = mlp_arguments_of(Case(77, 3, 128, 256, 8, "skewed"), jnp.float32)
+    assert_same_bits(*(jit_of(kernel)(functools.partial(experts_of, implementation=kernel))(*arguments, experts) for kernel in KERNELS))
+
+
+@pytest.mark.parametrize("implementation", ["xla", *KERNELS])
+def test_any_routing_of_experts(implementation):
+    """From all rows to one expert, or none, to a few to each."""
+    case = MLP_CASES["skewed"]
+    arguments, _, cotangent = mlp_arguments_of(case, jnp.float32)
+
+    @settings(deadline=None, max_examples=6)
+    @given(seed=st.integers(0, 2**32 - 1), spread=st.sampled_from([0.01, 0.3, 10.0]))
+    def run(seed, spread):
+        rng = np.random.default_rng(seed)
+        load = rng.dirichlet(np.full(case.E + 1, spread))
+        experts = rng.choice(case.E + 1, (case.N, case.A), p=load).astype(np.int32)
+        actual = program(implementation, op=experts_of)(arguments, experts, cotangent)
+        assert_close(actual, in_float64(mlp_truth, arguments, experts, cotangent), jnp.float32)
+
+    run()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
