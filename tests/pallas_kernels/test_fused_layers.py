@@ -23,8 +23,8 @@ from tests.pallas_kernels.programs import DTYPES, ON_GPU, in_float64, jit, jit_f
 from tests.pallas_kernels.tolerances import assert_close, assert_same_bits
 
 MODES = ["xla fast", *IMPLEMENTATIONS]
-SLOW = {("swiglu", "pallas_gpu")}
-"""XLA:CPU compiles its gradient, interpreted, for a minute or more; the weighted one's takes a second."""
+SLOW = {("swiglu", "pallas_gpu")} | {(name, "xla fast") for name in TEST_CASES if name not in ("heads_whole", "route_odd")}
+"""XLA:CPU compiles SwiGLU's gradient, interpreted, for a minute or more; the weighted one's takes a second. The others are many."""
 QUICK_IN_BF16 = {
     ("norm", "xla fast"),
     ("norm", "pallas_tpu"),
@@ -117,7 +117,7 @@ def test_value_and_gradients_in_bf16(name, mode):
 
 @pytest.mark.parametrize("mode", IMPLEMENTATIONS)
 def test_any_shape(mode):
-    @settings(deadline=None, max_examples=10)
+    @settings(deadline=None, max_examples=7)
     @given(name=st.sampled_from([*SHAPES]), seed=st.integers(0, 2**32 - 1))
     def run(name, seed):
         check(name, jnp.float32, mode, seed)
@@ -163,14 +163,10 @@ def test_interpreted_kernels_have_equal_bits(name, dtype):
     """Where a row's sum has one order.
 
     XLA:CPU sums 32 numbers at a time, counted from the middle of a row, and tiles of 4096 numbers and more in another way. A GPU's rows are
-    as wide as a power of two, and a TPU sums the squares of bf16 heads in its matrix unit. Heads are turned by right angles: only a TPU's
-    interpreted kernel keeps the products of a rotation from becoming multiply-adds.
+    as wide as a power of two, and a TPU sums the squares of bf16 heads in its matrix unit.
     """
     case = (TEST_CASES | EMITTING)[name]
     arguments = case.inputs(DTYPES[dtype])
-    if name == "heads":
-        quarters = np.random.default_rng(0).integers(0, 4, arguments[1].shape)
-        arguments[1:3] = (np.array(turns, np.float32)[quarters] for turns in ([1, 0, -1, 0], [0, 1, 0, -1]))
     programs = (jit_of(kernel)(case.function(DTYPES[dtype], implementation=kernel)) for kernel in ("pallas_tpu", "pallas_gpu"))
     assert_same_bits(*(run(*arguments) for run in programs))
 

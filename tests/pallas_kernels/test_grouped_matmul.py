@@ -82,7 +82,7 @@ def arguments_of(case, dtype, seed=0):
 SLOW = {
     *itertools.product(KERNELS, ("more_experts_than_rows", "experts_of_a_model"), ("bf16",)),
     *itertools.product(("xla fast",), ("experts_of_a_model",), DTYPES),
-    ("xla", "experts_of_a_model", "fp32"),
+    *itertools.product(("xla", "pallas_gpu"), ("experts_of_a_model",), ("fp32",)),
 }
 """These compile programs that no other test runs; the other routings share one."""
 VALUE_CASES = [
