@@ -1,6 +1,6 @@
 """The released models for the compile gates, with every kernel there is: `python -m pallas_kernels.aot --cases ring_jax.train.gates`.
 
-Whole: all layers, widths, experts and the vocabulary, on the smallest slices that hold them. The programs are those that run: a training
+Whole: all layers, widths, experts and the vocabulary, on slices that hold them. The programs are those that run: a training
 run's own step and evaluation, and a decode step of the model.
 """
 

@@ -45,6 +45,18 @@ def test_quick_cases_pass_their_gates(target, tmp_path):
         assert sequences["lightning_verify"] == decode
 
 
+def rows_of(module, folder, status):
+    """The rows of the cases of a module of this text; the command must end with this status."""
+    (folder / "some_cases.py").write_text(module)
+    arguments = ["--cases", "some_cases", "--json", str(folder / "rows.json")]
+    environment = os.environ | {"PYTHONPATH": f"{command.ROOT}:{folder}"}
+    done = subprocess.run(
+        [sys.executable, "-m", "pallas_kernels.aot", *arguments], env=environment, cwd=folder, capture_output=True, text=True
+    )
+    assert done.returncode == status, done.stdout + done.stderr
+    return json.loads((folder / "rows.json").read_text())
+
+
 BROKEN = """
 import os
 import jax
@@ -65,14 +77,7 @@ def compile_cases():
 
 @needs_compilers
 def test_errors_and_crashes_are_rows(tmp_path):
-    (tmp_path / "broken_cases.py").write_text(BROKEN)
-    arguments = ["--cases", "broken_cases", "--json", str(tmp_path / "rows.json")]
-    environment = os.environ | {"PYTHONPATH": f"{command.ROOT}:{tmp_path}"}
-    done = subprocess.run(
-        [sys.executable, "-m", "pallas_kernels.aot", *arguments], env=environment, cwd=tmp_path, capture_output=True, text=True
-    )
-    assert done.returncode == 1, done.stdout + done.stderr
-    too_large, crash, fine = json.loads((tmp_path / "rows.json").read_text())
+    too_large, crash, fine = rows_of(BROKEN, tmp_path, status=1)
     assert "vmem" in too_large["error"].lower()
     assert "status 7" in crash["error"]
     assert not fine["failed"]
@@ -104,14 +109,7 @@ def compile_cases():
 
 @needs_compilers
 def test_slices_of_many_chips(tmp_path):
-    (tmp_path / "slice_cases.py").write_text(SLICES)
-    arguments = ["--cases", "slice_cases", "--json", str(tmp_path / "rows.json")]
-    environment = os.environ | {"PYTHONPATH": f"{command.ROOT}:{tmp_path}"}
-    done = subprocess.run(
-        [sys.executable, "-m", "pallas_kernels.aot", *arguments], env=environment, cwd=tmp_path, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    rows = {row["target"]: row for row in json.loads((tmp_path / "rows.json").read_text())}
+    rows = {row["target"]: row for row in rows_of(SLICES, tmp_path, status=0)}
     for target, devices in {"v5e": 8, "v5p": 16, "v6e": 32, "h200": 8}.items():
         assert [kernel["kernel"] for kernel in rows[target]["kernels"]] == ["matmul_forward"]
         assert rows[target]["sizes"]["argument"] == 2 * 2 * 2048 * 2048 // devices, "a chip has its part of the operands"

@@ -167,6 +167,27 @@ def compare(folder, kind, mesh, tolerance):
         np.testing.assert_allclose(other[name], one[name], rtol=0, atol=tolerance * scale, err_msg=name)
 
 
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """What placing a mesh reads of a TPU's device."""
+
+    id: int
+    coords: tuple[int, ...]
+    platform = "tpu"
+    device_kind = "TPU v5"
+    core_on_chip = process_index = slice_index = 0
+
+
+@pytest.mark.parametrize(("torus", "mesh"), [((4, 4, 4), "8x8"), ((2, 2, 4), "2x8"), ((8, 16), "16x8"), ((2, 2, 1), "1x4")])
+def test_a_mesh_takes_every_chip_of_a_torus_once(torus, mesh):
+    chips = [Chip(i, (*at, 0)[:3]) for i, at in enumerate(np.ndindex(torus))]
+    placed = sharding.make_mesh(sharding.parse_mesh(mesh), chips)
+    assert {axis: size for axis, size in placed.shape.items() if size > 1} == {
+        axis: size for axis, size in sharding.parse_mesh(mesh).items() if size > 1
+    }
+    assert sorted(chip.id for chip in placed.devices.flat) == list(range(len(chips)))
+
+
 @pytest.mark.parametrize("mesh", MESHES[1:])
 def test_loss_and_gradients_are_those_of_one_device(found, mesh):
     compare(found, "start", mesh, 0)
