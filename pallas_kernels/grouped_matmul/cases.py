@@ -93,32 +93,58 @@ def compile_cases() -> Iterator[CompileCase]:
     yield _compile_experts("mini", 64)
 
 
+class Moves(NamedTuple):
+    """Tokens' way to their experts and back, values and gradients: `program`, its `equations` with autodiff's gradients, their arguments.
+
+    These are x, the experts' results, the groups, the slots' weights, the gradients of the gathered rows and of the sums.
+    """
+
+    program: Callable[..., Any]
+    equations: Callable[..., Any]
+    arguments: tuple[Any, ...]
+
+
+def moves_of(width: int, num: int, implementation: str) -> Moves:
+    """Return the moves of so many tokens of a width. On a GPU the way there is a part of the experts' products, and not in `program`."""
+    from pallas_kernels.grouped_matmul.api import combine_groups, gather_groups
+
+    def both(there, back, x, rows, groups, weights, d_gathered, dy):
+        found = []
+        if there is not None:
+            gathered, pull_back = jax.vjp(lambda x: there(x, groups), x)
+            found.append((gathered, pull_back(d_gathered)))
+        y, pull_back = jax.vjp(lambda rows, weights: back(rows, groups, weights), rows, weights)
+        return [*found, (y, pull_back(dy))]
+
+    def there(x, groups):
+        return jnp.take(x, groups.source // ACTIVE, axis=0, mode="fill", fill_value=0)
+
+    def back(rows, groups, weights):
+        slots = jnp.take(rows, groups.destination.reshape(weights.shape), axis=0, mode="fill", fill_value=0)
+        return (slots.astype(jnp.float32) * weights[..., None]).sum(1).astype(rows.dtype)
+
+    gather = None if implementation == "pallas_gpu" else lambda x, groups: gather_groups(x, groups, ACTIVE)
+    combine = functools.partial(combine_groups, aligned=True, implementation=implementation)
+    array = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+    assigned, weights = num * ACTIVE, jax.ShapeDtypeStruct((num, ACTIVE), jnp.float32)
+    x, rows = array(num, width), array(allotted_rows(assigned), width)
+    arguments = x, rows, _groups(assigned), weights, rows, x
+    return Moves(functools.partial(both, gather, combine), functools.partial(both, there, back), arguments)
+
+
 def _compile_combine(num: int) -> CompileCase:
     """The way back of so many tokens of the larger model, and its gradient."""
-    from pallas_kernels.grouped_matmul.api import combine_groups
-
     width, assigned = 4096, num * ACTIVE
-    num_rows = allotted_rows(assigned)
-    op = functools.partial(combine_groups, aligned=True, implementation="pallas_gpu")
-
-    def program(rows, groups, weights, dy):
-        y, pull_back = jax.vjp(lambda rows, weights: op(rows, groups, weights), rows, weights)
-        return y, pull_back(dy)
-
+    moves = moves_of(width, num, "pallas_gpu")
     return CompileCase(
         kernel="grouped_matmul.combine",
         shape=f"flash {num}",
         targets=("h200",),
-        program=program,
-        arguments=(
-            jax.ShapeDtypeStruct((num_rows, width), jnp.bfloat16),
-            _groups(assigned),
-            jax.ShapeDtypeStruct((num, ACTIVE), jnp.float32),
-            jax.ShapeDtypeStruct((num, width), jnp.bfloat16),
-        ),
-        bytes=2 * width * (num * (ACTIVE + 1) + num + 2 * num_rows),
+        program=moves.program,
+        arguments=moves.arguments,
+        bytes=2 * width * (num * (ACTIVE + 1) + num + 2 * allotted_rows(assigned)),
         flops=4 * assigned * width,
-        floor_ratio=1.35 if num > 64 else None,
+        floor_ratio=1.05 if num > 64 else None,
     )
 
 
@@ -134,25 +160,26 @@ class Experts(NamedTuple):
     arguments: tuple[Any, ...]
 
 
-def experts_of(name: str, num: int, implementation: str) -> Experts:
-    """Return the experts of "mini" or "flash"."""
-    from pallas_kernels.grouped_matmul.api import gather_grouped_matmul, grouped_matmul, grouped_mlp
+def experts_of(name: str, num: int) -> Experts:
+    """Return the experts of "mini" or "flash" by a GPU's kernels."""
+    from pallas_kernels.grouped_matmul import pallas_gpu
+    from pallas_kernels.grouped_matmul.api import grouped_mlp
 
     (D, two_F), (F, _) = COMPILE_SIZES[f"{name} gate_up"], COMPILE_SIZES[f"{name} down"]
     array = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.bfloat16)
-    num_rows, how = allotted_rows(num * ACTIVE), {"row_tile": ROW_TILE, "implementation": implementation}
-
-    def with_gradients(op, arguments, d):
-        out, pull_back = jax.vjp(op, *arguments)
-        return out, pull_back(d)
+    num_rows = allotted_rows(num * ACTIVE)
 
     def program(x, w_in, w_out, groups, hidden, d_gate_up, d_out):
-        op = lambda x, w_in, w_out: grouped_mlp(x, w_in, w_out, groups, ACTIVE, row_tile=ROW_TILE, implementation=implementation)
-        return with_gradients(op, (x, w_in, w_out), d_out)
+        op = functools.partial(grouped_mlp, groups=groups, num_slots=ACTIVE, row_tile=ROW_TILE, implementation="pallas_gpu")
+        out, pull_back = jax.vjp(op, x, w_in, w_out)
+        return out, pull_back(d_out)
 
     def products(x, w_in, w_out, groups, hidden, d_gate_up, d_out):
-        first = with_gradients(lambda x, w: gather_grouped_matmul(x, w, groups, ACTIVE, **how), (x, w_in), d_gate_up)
-        return first, with_gradients(lambda x, w: grouped_matmul(x, w, groups.tiles, **how), (hidden, w_out), d_out)
+        def of(x, w, token, dy):
+            product = lambda x, token, contract: pallas_gpu.product(x, w, groups.tiles, token, contract, ROW_TILE)
+            return product(x, token, 0), product(dy, None, 1), pallas_gpu.weight_gradient(x, dy, groups.tiles, token, ROW_TILE)
+
+        return of(x, w_in, groups.source // ACTIVE, d_gate_up), of(hidden, w_out, None, d_out)
 
     matrices = array(num, D), array(EXPERTS, D, two_F), array(EXPERTS, F, D)
     rows = (array(num_rows, size) for size in (F, two_F, D))
@@ -163,7 +190,7 @@ def _compile_experts(name: str, num: int) -> CompileCase:
     """The experts whole, SwiGLU in the first product; in training with gradients, that of SwiGLU in the second's."""
     from pallas_kernels.grouped_matmul.api import grouped_mlp
 
-    experts, how = experts_of(name, num, "pallas_gpu"), {"row_tile": ROW_TILE, "implementation": "pallas_gpu"}
+    experts, how = experts_of(name, num), {"row_tile": ROW_TILE, "implementation": "pallas_gpu"}
     forward = lambda x, w_in, w_out, groups: grouped_mlp(x, w_in, w_out, groups, ACTIVE, **how)
     (D, two_F), (F, _) = COMPILE_SIZES[f"{name} gate_up"], COMPILE_SIZES[f"{name} down"]
     decode, assigned, matrices = num == 64, num * ACTIVE, EXPERTS * D * (two_F + F)

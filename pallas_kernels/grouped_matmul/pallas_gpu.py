@@ -292,13 +292,14 @@ def combine_groups(rows, weights, destination, source, *, aligned):
     def backward(residuals, dy):
         rows, weights, destination, source = residuals
         weight = jnp.take(weights.reshape(-1), source, mode="fill", fill_value=0)
+        outs = [jax.ShapeDtypeStruct(rows.shape, rows.dtype), jax.ShapeDtypeStruct((num_rows,), jnp.float32)]
         d_rows, d_weight = pl.pallas_call(
             functools.partial(_combine_gradient_kernel, size=size, aligned=aligned),
             name="combine_groups_gradient",
             grid=(pl.cdiv(num_rows, size.rows),),
-            out_shape=[jax.ShapeDtypeStruct(rows.shape, rows.dtype), jax.ShapeDtypeStruct((num_rows,), jnp.float32)],
+            out_shape=outs,
             compiler_params=params,
-            cost_estimate=pl.CostEstimate(flops=3 * rows.size, bytes_accessed=3 * rows.size * rows.dtype.itemsize, transcendentals=0),
+            cost_estimate=_cost((dy, rows, *outs), 3 * rows.size // 2),
             interpret=interpreted("gpu"),
         )(source // num_slots, weight, dy, rows)
         return d_rows, jnp.take(d_weight, destination, mode="fill", fill_value=0).astype(weights.dtype), None, None
