@@ -1,7 +1,6 @@
 """How a forward is computed: aligned or fast, in which dtype, with which rematerialisation; and the one jit that keeps its promise."""
 
 import dataclasses
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,9 +12,9 @@ from jax.ad_checkpoint import checkpoint_name
 from pallas_kernels.compat import compiler_options, dot_operand
 from pallas_kernels.fused_layers import swiglu
 from pallas_kernels.grouped_matmul import Groups, grouped_mlp
-from pallas_kernels.grouped_scaled_matmul import fp8_grouped_matmul, gather_quantized
+from pallas_kernels.grouped_scaled_matmul import fp8_gather_grouped_matmul, fp8_grouped_matmul
 from pallas_kernels.matmul import itself, matmul
-from pallas_kernels.scaled_matmul import QuantizedRows, fp8_matmul, quantize_rows
+from pallas_kernels.scaled_matmul import QuantizedRows, fp8_matmul
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp8": "bfloat16"}
 """Precisions, and the dtype of weights and activations in each: FP8 is what products quantise their operands to."""
@@ -91,9 +90,8 @@ class Numerics:
         """Return `grouped_mlp` of tokens x [N, D], in the precision of products."""
         if self.fp8:
             how = {"row_tile": row_tile, "out_dtype": self.dtype, "implementation": self.kernels}
-            product = functools.partial(fp8_grouped_matmul, tiles=groups.tiles, **how)
-            y = product(gather_quantized(quantize_rows(x), groups, num_slots), w_in, returns_fp8=self.gradients)
-            out: Any = product(swiglu(y, emit=self.emit(), **self.ops), w_out)
+            y = fp8_gather_grouped_matmul(x, w_in, groups, num_slots, returns_fp8=self.gradients, **how)
+            out: Any = fp8_grouped_matmul(swiglu(y, emit=self.emit(), **self.ops), w_out, groups.tiles, **how)
             return out
         assert isinstance(x, jax.Array)
         return grouped_mlp(x, w_in, w_out, groups, num_slots, row_tile=row_tile, **self.ops)

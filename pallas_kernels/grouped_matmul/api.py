@@ -28,6 +28,7 @@ __all__ = [
     "group_rows",
     "grouped_matmul",
     "grouped_mlp",
+    "moves_of",
     "row_tile_for",
     "scatter_groups",
     "take_rows",
@@ -91,11 +92,11 @@ def _stable_order(group: Int[Array, " M"], most: int) -> Int[Array, " M"]:
 
 def gather_groups(x: Shaped[Array, "N D"], groups: Groups, num_slots: int) -> Shaped[Array, "rows D"]:
     """Return the rows of x in their groups' tiles; assignment n * num_slots + a is slot a of row n. Padding rows are zero."""
-    return xla.take_rows(x, *_moves(x.shape[0], groups, num_slots))
+    return xla.take_rows(x, *moves_of(x.shape[0], groups, num_slots))
 
 
-def _moves(num: int, groups: Groups, num_slots: int) -> tuple[Int[Array, " rows"], Int[Array, "N A"]]:
-    """The token of each row, `num` for padding, and each token's rows."""
+def moves_of(num: int, groups: Groups, num_slots: int) -> tuple[Int[Array, " rows"], Int[Array, "N A"]]:
+    """Return the token of each row, `num` for padding, and each token's rows."""
     token = jnp.where(groups.source < num * num_slots, groups.source // num_slots, num)
     return token, groups.destination.reshape(num, num_slots)
 
@@ -120,7 +121,7 @@ def gather_grouped_matmul(
     x: Float[Array, "N D"], w: Float[Array, "E D F"], groups: Groups, num_slots: int, *, row_tile: int, implementation: str = "auto"
 ) -> Float[Array, "rows F"]:
     """Return `grouped_matmul(gather_groups(x, groups, num_slots), w, groups.tiles)`; on a GPU without writing the gathered rows."""
-    moves = _moves(x.shape[0], groups, num_slots)
+    moves = moves_of(x.shape[0], groups, num_slots)
     return dispatch.call("grouped_matmul", IMPLEMENTATIONS, implementation, x, w, groups.tiles, moves, row_tile=row_tile)
 
 
@@ -155,7 +156,7 @@ def grouped_mlp(
 
     Rows past the last tile hold anything. With `aligned` a row's bits do not depend on the others. Differentiable in x and both weights.
     """
-    moves, how = _moves(x.shape[0], groups, num_slots), {"row_tile": row_tile, "aligned": aligned}
+    moves, how = moves_of(x.shape[0], groups, num_slots), {"row_tile": row_tile, "aligned": aligned}
     return dispatch.call("grouped_mlp", MLP_IMPLEMENTATIONS, implementation, x, w_in, w_out, groups.tiles, moves, **how)
 
 

@@ -30,6 +30,8 @@ def compile_cases() -> Iterator[CompileCase]:
     for name, (depth, columns) in COMPILE_SIZES.items():
         for num in (8192, 64):
             yield _compile("forward", name, num, (depth, columns), ("h200",), quick=(name, num) == ("mini down", 64))
+    for name, num in (("mini gate_up", 8192), ("flash gate_up", 8192), ("mini gate_up", 64)):
+        yield _compile("gathered", name, num, COMPILE_SIZES[name], ("h200",), quick=num == 64)
     yield _compile("input_gradient", "mini gate_up", 8192, (1024, 2048), ("h200",))
     for name in ("mini gate_up", "flash gate_up"):
         yield _compile("weight_gradient", name, 8192, COMPILE_SIZES[name], ("h200",))
@@ -55,8 +57,11 @@ def _compile(kernel: str, name: str, num: int, size: tuple[int, int], targets: t
         program, arguments = grouped_weight_gradient, (along_rows(depth), along_rows(columns), tiles)
         moved = assigned * (depth + columns) + 2 * EXPERTS * depth * columns
     else:
-        program, arguments = grouped_scaled_matmul, (operand(rows, depth, False), matrices(EXPERTS, columns, depth), tiles)
-        moved = assigned * (depth + 2 * columns) + EXPERTS * depth * columns
+        gathered = kernel == "gathered"
+        moves = (jax.ShapeDtypeStruct((rows,), jnp.int32), jax.ShapeDtypeStruct((num, ACTIVE), jnp.int32)) if gathered else None
+        a = operand(num if gathered else rows, depth, False)
+        program, arguments = grouped_scaled_matmul, (a, matrices(EXPERTS, columns, depth), tiles, moves)
+        moved = (num if gathered else assigned) * depth + 2 * assigned * columns + EXPERTS * depth * columns
     return CompileCase(
         kernel=f"grouped_scaled_matmul.{kernel}",
         shape=f"{name} {num}",

@@ -28,21 +28,30 @@ def check(*sizes: int) -> None:
             raise NotImplementedError(f"{size} is not a multiple of {GROUP}")
 
 
-def _product_kernel(group_ref, start_ref, end_ref, a_ref, a_scales_ref, b_ref, b_scales_ref, out_ref, *, size):
+def _product_kernel(group_ref, start_ref, end_ref, *refs, size):
+    *token_ref, a_ref, a_scales_ref, b_ref, b_scales_ref, out_ref = refs
     num_groups, num_steps = b_ref.shape[0], a_scales_ref.shape[0]
     visit, column = pl.program_id(1), pl.program_id(0)
     group, start, end = group_ref[visit], start_ref[visit], end_ref[visit]
     here = start + jnp.arange(size.rows) < end  # what stands in other rows does not matter: they are not stored
     rows, columns = pl.ds(start, size.rows), pl.ds(column * size.columns, size.columns)
+    shape, exists, token = (size.rows, GROUP), here, rows
+    if token_ref:
+        token = triton.load(token_ref[0].at[rows], mask=here, other=a_ref.shape[0])
+        exists = token < a_ref.shape[0]
 
     def scales(step):
-        return triton.load(a_scales_ref.at[step, rows], mask=here, other=0.0)[:, None], b_scales_ref[group, step, column]
+        at = (jnp.broadcast_to(step, here.shape), token) if token_ref else (step, rows)
+        return triton.load(a_scales_ref.at[at], mask=exists, other=0.0)[:, None], b_scales_ref[group, step, column]
 
     def turn(step, carry):
         acc, now = carry
         following = scales(jnp.minimum(step + 1, num_steps - 1))
         depth = pl.ds(step * GROUP, GROUP)
-        a = triton.load(a_ref.at[rows, depth], mask=jnp.broadcast_to(here[:, None], (size.rows, GROUP)))
+        at = rows, depth
+        if token_ref:
+            at = jnp.broadcast_to(token[:, None], shape), jnp.broadcast_to((depth.start + jnp.arange(GROUP))[None], shape)
+        a = triton.load(a_ref.at[at], mask=jnp.broadcast_to(exists[:, None], shape), other=0.0 if token_ref else None)
         return _step(acc, a, b_ref[group, columns, depth], *now), following
 
     def store(y):
@@ -59,22 +68,24 @@ def _product_kernel(group_ref, start_ref, end_ref, a_ref, a_scales_ref, b_ref, b
         store(zeros)
 
 
-def product(a, b, tiles, *, row_tile, out_dtype):
-    """See `api.grouped_scaled_matmul`."""
-    (num_rows, depth), columns = a.values.shape, b.values.shape[1]
+def product(a, b, tiles, moves, *, row_tile, out_dtype):
+    """See `api.grouped_scaled_matmul`; with `moves` (token [rows], destination) rows are loaded from where their tokens' are."""
+    depth, columns = a.values.shape[1], b.values.shape[1]
+    token = [] if moves is None else [moves[0]]
+    num_rows = token[0].shape[0] if token else a.values.shape[0]
     check(depth, columns)
     size = tables.of(tables.SCALED_MATMUL_GPU)
     group, start, end = pallas.cuts(tiles, num_rows, row_tile, size.rows)
     out = jax.ShapeDtypeStruct((num_rows, columns), out_dtype)
     return pl.pallas_call(
         functools.partial(_product_kernel, size=size),
-        name="grouped_scaled_matmul",
+        name="grouped_scaled_matmul" if moves is None else "grouped_scaled_gathered",
         grid=(columns // size.columns, group.shape[0]),
         out_shape=out,
         compiler_params=triton.CompilerParams(num_warps=size.warps, num_stages=size.stages),
         cost_estimate=cost((*a, *b, out), num_rows * depth * columns),
         interpret=interpreted("gpu"),
-    )(group, start, end, *a, *b)
+    )(group, start, end, *token, *a, *b)
 
 
 def _gradient_kernel(first_ref, last_ref, x_ref, x_scales_ref, dy_ref, dy_scales_ref, out_ref, *, size):

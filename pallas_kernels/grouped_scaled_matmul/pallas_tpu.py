@@ -10,6 +10,7 @@ from pallas_kernels.compat import interpreted
 from pallas_kernels.grouped_matmul import pallas
 from pallas_kernels.grouped_matmul.pallas_tpu import divided, is_new, is_over, own, params
 from pallas_kernels.grouped_scaled_matmul.pallas_gpu import check, cost
+from pallas_kernels.grouped_scaled_matmul.xla import gathered
 from pallas_kernels.scaled_matmul import tile
 from pallas_kernels.scaled_matmul.quantized import GROUP
 
@@ -34,8 +35,9 @@ def _product_kernel(*refs):
         out_ref[...] = jnp.zeros_like(out_ref)
 
 
-def product(a, b, tiles, *, row_tile, out_dtype):
-    """See `api.grouped_scaled_matmul`."""
+def product(a, b, tiles, moves, *, row_tile, out_dtype):
+    """See `api.grouped_scaled_matmul`; `moves` as in `xla.gathered`: single rows of a tiled array are slow to move."""
+    a = gathered(a, moves)
     (num_rows, depth), columns = a.values.shape, b.values.shape[1]
     check(depth, columns)
     size, groups = tables.of(tables.GROUPED_SCALED_TPU), depth // GROUP

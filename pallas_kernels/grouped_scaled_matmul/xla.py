@@ -5,9 +5,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.compat import dot_operand
-from pallas_kernels.grouped_matmul.xla import for_each_group
+from pallas_kernels.grouped_matmul.xla import for_each_group, take_rows
 from pallas_kernels.scaled_matmul import tile
-from pallas_kernels.scaled_matmul.quantized import GROUP, Quantized
+from pallas_kernels.scaled_matmul.quantized import GROUP, Quantized, moved
 
 
 def _groups(values: jax.Array) -> jax.Array:
@@ -16,8 +16,14 @@ def _groups(values: jax.Array) -> jax.Array:
     return tile.upcast(jnp.moveaxis(values.reshape(values.shape[0], -1, GROUP), 1, 0))
 
 
-def product(a, b, tiles, *, row_tile, out_dtype):
-    """See `api.grouped_scaled_matmul`."""
+def gathered(a: Quantized, moves: tuple[jax.Array, jax.Array] | None) -> Quantized:
+    """Return the rows of a product: with `moves` (see `grouped_matmul.moves_of`) those of the tokens a."""
+    return a if moves is None else moved(a, lambda x: take_rows(x, *moves))
+
+
+def product(a, b, tiles, moves, *, row_tile, out_dtype):
+    """See `api.grouped_scaled_matmul`; `moves` as in `gathered`."""
+    a = gathered(a, moves)
     columns = b.values.shape[1]
 
     def group(index, first, end, out):

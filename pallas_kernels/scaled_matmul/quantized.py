@@ -77,10 +77,15 @@ class QuantizedRows(NamedTuple):
         """
         if self.plain is None and self.carrier is not None:
             raise ValueError("rows in FP8 whose layer emitted no plain ones cannot be moved where there is a gradient")
-        values, scales = lax.stop_gradient((self.values, self.scales))
-        values = lax.bitcast_convert_type(move(lax.bitcast_convert_type(values, jnp.uint8)), values.dtype)
+        values, scales = moved(lax.stop_gradient(self.quantized), move)
         carrier = None if self.carrier is None else move(self.carrier)
-        return QuantizedRows(carrier, values, jnp.maximum(move(scales.T).T, SMALLEST_SCALE), None, carrier)
+        return QuantizedRows(carrier, values, scales, None, carrier)
+
+
+def moved(x: Quantized, move: Callable[[jax.Array], jax.Array]) -> Quantized:
+    """Return rows after a move of rows, [N, columns] -> [M, columns], whose new rows are zero."""
+    values = lax.bitcast_convert_type(move(lax.bitcast_convert_type(x.values, jnp.uint8)), x.values.dtype)
+    return Quantized(values, jnp.maximum(move(x.scales.T).T, SMALLEST_SCALE))
 
 
 class Product(NamedTuple):

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from pallas_kernels.grouped_matmul import gather_groups, group_rows
 from pallas_kernels.grouped_matmul.cases import inputs
 from pallas_kernels.grouped_scaled_matmul import (
+    fp8_gather_grouped_matmul,
     fp8_grouped_matmul,
-    gather_quantized,
     grouped_scaled_matmul,
     quantize_groups,
     reference,
@@ -101,24 +101,33 @@ def test_any_routing(implementation):
     run()
 
 
-def test_tokens_are_quantised_once():
-    """Before they are gathered: the numbers, the product and its gradients are those of gathered rows."""
+@pytest.mark.parametrize("name", ["some", "skewed"])
+@every_implementation
+def test_tokens_are_quantised_once(implementation, name):
+    """And gathered in FP8: the product and its gradients have the bits of gathered rows."""
+    case = TEST_CASES[name]
+    x, w, experts = inputs(case, jnp.float32)
+    groups = group_rows(experts.reshape(-1), case.E, ROW_TILE)
+    how = {"row_tile": ROW_TILE, "implementation": implementation}
+    valid = (groups.source < experts.size)[:, None]
+    dy = jnp.where(valid, random_like(jax.ShapeDtypeStruct((len(groups.source), case.F), jnp.float32)), 0)
+    ways = (
+        lambda x, w: fp8_grouped_matmul(gather_groups(x, groups, case.A), w, groups.tiles, **how),
+        lambda x, w: fp8_gather_grouped_matmul(x, w, groups, case.A, **how),
+    )
+    expected, actual = (jit_of(implementation)(with_gradients(way))((x, w), dy) for way in ways)
+    assert_same_bits(actual, expected)
+    assert np.asarray(expected[0]).any()
+
+
+def test_tokens_without_plain_rows_have_no_gradient():
     case = TEST_CASES["some"]
     x, w, experts = inputs(case, jnp.float32)
     groups = group_rows(experts.reshape(-1), case.E, ROW_TILE)
-    gathered = gather_groups(x, groups, case.A)
-    found = gather_quantized(quantize_rows(x), groups, case.A)
-    assert_same_bits(found, quantize_rows(gathered))
-    product = functools.partial(fp8_grouped_matmul, tiles=groups.tiles, row_tile=ROW_TILE)
-    dy = jnp.where((groups.source < experts.size)[:, None], random_like(jax.ShapeDtypeStruct((len(gathered), case.F), jnp.float32)), 0)
-    ways = (
-        lambda x, w: product(gather_groups(x, groups, case.A), w),
-        lambda x, w: product(gather_quantized(quantize_rows(x), groups, case.A), w),
-    )
-    expected, actual = (jit_for_values(with_gradients(way))((x, w), dy) for way in ways)
-    assert_same_bits(actual, expected)
-    with pytest.raises(ValueError, match="emitted no plain ones cannot be moved"):
-        gather_quantized(quantize_rows(x)._replace(plain=None), groups, case.A)
+    tokens, product = quantize_rows(x)._replace(plain=None), functools.partial(fp8_gather_grouped_matmul, row_tile=ROW_TILE)
+    with pytest.raises(ValueError, match="emitted no plain ones cannot be gathered"):
+        product(tokens, w, groups, case.A)
+    assert_same_bits(product(tokens._replace(carrier=None), w, groups, case.A, out_dtype=jnp.float32), product(x, w, groups, case.A))
 
 
 def weight_gradient(x, dy, owner, tiles):
