@@ -33,6 +33,8 @@ DECODE_BATCHES = (1, 64)
 """Batch sizes decoded besides the documents' own."""
 PIECES = (100, 37, 128)
 """Lengths a prompt is cut into, in turn, for chunked prefill."""
+PAGED_PIECES = (9, 1, 1, 37, 1)
+"""The same where keys and values are in pages: prefill and decode steps."""
 SIMULATED_DEVICES = 4
 """Devices on a CPU, for the sharded rows."""
 
@@ -209,8 +211,13 @@ class Programs:
         ]
         return np.asarray(outputs), layer_values(model, taps, (batch, length))
 
-    def prefill(self, batch: Batch, pieces: Sequence[int], wanted: Callable[[int], bool] | None = None) -> tuple[np.ndarray, list[Values]]:
-        """Return the log-probabilities [B, T] when the columns go through a cache in pieces of these widths, and each piece's values."""
+    def prefill(
+        self, batch: Batch, pieces: Sequence[int], wanted: Callable[[int], bool] | None = None, *, paged: bool = False
+    ) -> tuple[np.ndarray, list[Values]]:
+        """Return the log-probabilities [B, T] when the columns go through a cache in pieces of these widths, and each piece's values.
+
+        paged: keys and values are in pages, of which each slot has some from all over the memory.
+        """
         model = self.unstacked
         graph, state = nnx.split(model)
 
@@ -230,6 +237,9 @@ class Programs:
 
         num, length = batch.tokens.shape
         cache = model.init_cache(num, bucket(length))
+        if paged:
+            table = np.random.default_rng(0).permutation(num * bucket(length) // GRID).reshape(num, -1)
+            cache = model.init_cache(num, bucket(length), table.size)._replace(pages=jnp.asarray(table, jnp.int32))
         targets, out, values, first = np.roll(batch.tokens, -1, axis=1), [], [], 0
         while first < length:
             width = min(pieces[len(out) % len(pieces)], length - first)
@@ -240,7 +250,7 @@ class Programs:
             if wanted is None:
                 logprobs, cache = self._jit(("cached", how), lambda run=run: run, model.numerics)(*args)
             else:
-                logprobs, cache, found = self._tapped_cached(how, run, model, args, wanted)
+                logprobs, cache, found = self._tapped_cached(f"{how} {paged=}", run, model, args, wanted)
                 values.append(found)
             out.append(np.asarray(logprobs))
             first += width
@@ -281,12 +291,13 @@ def variants(programs: Programs, documents: Documents, meshes: Sequence[Any]) ->
         lambda ds, wanted: _per_document(programs.score(batch, None, wanted)[1], ds, starts),
     )
 
-    def cached(label: str, batch: Batch, ds: Documents, pieces: Sequence[int], starts: Any = None) -> Variant:
+    def cached(label: str, batch: Batch, ds: Documents, pieces: Sequence[int], starts: Any = None, paged: bool = False) -> Variant:
+        run = functools.partial(programs.prefill, batch, pieces, paged=paged)
         return Variant(
             label,
             ds,
-            lambda ds: _cut(programs.prefill(batch, pieces)[0], ds, starts),
-            lambda ds, wanted: _per_document(_joined(programs.prefill(batch, pieces, wanted)[1]), ds, starts),
+            lambda ds: _cut(run()[0], ds, starts),
+            lambda ds, wanted: _per_document(_joined(run(wanted)[1]), ds, starts),
         )
 
     batch, longest = pad(documents), max(documents, key=len)
@@ -301,6 +312,7 @@ def variants(programs: Programs, documents: Documents, meshes: Sequence[Any]) ->
         cached("prefill", batch, documents, [width]),
         cached("prefill, left-padded", left, documents, [width], left_starts),
         cached(f"prefill in pieces of {', '.join(map(str, PIECES))}", batch, documents, PIECES),
+        cached(f"pages, pieces of {', '.join(map(str, PAGED_PIECES))}", batch, documents, PAGED_PIECES, paged=True),
         cached(f"decode, batch {len(documents)}", batch, documents, [1]),
     ]
     for size in DECODE_BATCHES:

@@ -6,7 +6,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from pallas_kernels.flash_attention import flash_attention
+from pallas_kernels import GRID
+from pallas_kernels.flash_attention import flash_attention, flash_attention_paged
 from pallas_kernels.scaled_matmul import QuantizedRows
 from ring_jax.cache import Placement, SoftmaxCache
 from ring_jax.config import ModelConfig
@@ -35,13 +36,20 @@ class SoftmaxAttention(nnx.Module):
             cache = _write(cache, k, v, place)
             k, v = (x.reshape(*x.shape[:2], *k.shape[2:]) for x in cache)
         q, start, stop = map(place.wanted, (q, place.start, place.stop))
-        o = name(flash_attention(q, k, v, start, stop, **self.numerics.ops), "mixer")
+        if place.pages is None:
+            o = flash_attention(q, k, v, start, stop, **self.numerics.ops)
+        else:
+            o = flash_attention_paged(q, k, v, place.pages, start, stop, **self.numerics.ops)
+        o = name(o, "mixer")
         return name(self.numerics.matmul(o.reshape(*o.shape[:2], -1), self.out[...]), "mixer_out"), cache
 
 
 def _write(cache: SoftmaxCache, k: Float[Array, "B T G K"], v: Float[Array, "B T G V"], place: Placement) -> SoftmaxCache:
     """Return the cache with the call's keys and values at their positions; padding is dropped."""
-    slot = jnp.arange(k.shape[0])[:, None]
-    position = jnp.where(place.valid, place.positions, cache.key.shape[1])
-    write = lambda old, new: old.at[slot, position].set(new.reshape(*new.shape[:2], -1), mode="drop", unique_indices=True)
+    row, position = jnp.arange(k.shape[0])[:, None], place.positions
+    if place.pages is not None:
+        row = jnp.take_along_axis(place.pages, jnp.maximum(position, 0) // GRID, axis=1, mode="fill", fill_value=cache.key.shape[0])
+        position = position % GRID
+    position = jnp.where(place.valid, position, cache.key.shape[1])
+    write = lambda old, new: old.at[row, position].set(new.reshape(*new.shape[:2], -1), mode="drop", unique_indices=True)
     return SoftmaxCache(write(cache.key, k), write(cache.value, v))

@@ -28,17 +28,26 @@ class LinearCache(NamedTuple):
 
 
 class SoftmaxCache(NamedTuple):
-    """Keys and values by position, a token's heads side by side: so a TPU's kernel reads them where they lie, not a copy in its tiles."""
+    """Keys and values by position, a token's heads side by side: so a TPU's kernel reads them where they lie, not a copy in its tiles.
+
+    In pages (see `Cache`) B are these, and S the GRID positions of one.
+    """
 
     key: Float[Array, "*layers B S GK"]
     value: Float[Array, "*layers B S GV"]
 
 
 class Cache(NamedTuple):
-    """Caches of all layers, in the structure of the model's layer pattern, and the tokens each slot has absorbed."""
+    """Caches of all layers, in the structure of the model's layer pattern, and the tokens each slot has absorbed.
+
+    pages: where softmax layers' keys and values are in pages that the slots share, the page of each slot's positions GRID i to
+    GRID (i + 1), all layers alike; on a mesh, of those that the slot's device has. The caller gives a slot its pages before tokens come to
+    their positions; what has none is dropped, and several slots may read one page: documents that begin alike.
+    """
 
     layers: Any
     length: Int[Array, " B"]
+    pages: Int[Array, "B n"] | None = None
 
 
 class Placement(NamedTuple):
@@ -48,6 +57,7 @@ class Placement(NamedTuple):
     one. reset marks chunks that begin a packed document. With a cache a row's tokens are consecutive: `count` of them from column
     `first` on, continuing at position `length`. only: the column of each row whose hidden state is wanted of a softmax layer, if the others
     leave their keys and values and nothing else. on_grid: each slot has absorbed whole chunks, and its new tokens begin at column 0.
+    pages: those of the cache.
     """
 
     positions: Int[Array, "B T"]
@@ -63,6 +73,7 @@ class Placement(NamedTuple):
     may_fold: bool = True
     on_grid: bool = False
     only: Int[Array, " B"] | None = None
+    pages: Int[Array, "B n"] | None = None
 
     def wanted(self, x: jax.Array) -> jax.Array:
         """Return the columns of x [B, T, ...] whose hidden states are wanted: all, or one of each row, [B, 1, ...]."""
@@ -83,7 +94,7 @@ def place(
         bounds = jnp.where(valid, start, 0), jnp.where(valid, stop, 0)
         return Placement(positions, valid, cos, sin, *bounds, positions[:, ::chunk] == 0, jnp.zeros_like(count), first, count)
     start, stop = jnp.zeros_like(positions), jnp.where(valid, positions + 1, 0)
-    return Placement(positions, valid, cos, sin, start, stop, None, cache.length, first, count)
+    return Placement(positions, valid, cos, sin, start, stop, None, cache.length, first, count, pages=cache.pages)
 
 
 def linear_cache(config: ModelConfig, layers: tuple[int, ...], batch: int, dtype: str) -> LinearCache:
@@ -108,4 +119,4 @@ def reset_slots(cache: Cache, slots: jax.Array) -> Cache:
     states = lambda layer: jax.tree.map(clear, {"state": layer.state, "copy": layer.copy})
     empty = lambda layer: layer._replace(**states(layer)) if isinstance(layer, LinearCache) else layer
     is_layer = lambda x: isinstance(x, LinearCache | SoftmaxCache)
-    return Cache(jax.tree.map(empty, cache.layers, is_leaf=is_layer), jnp.where(slots, 0, cache.length))
+    return cache._replace(layers=jax.tree.map(empty, cache.layers, is_leaf=is_layer), length=jnp.where(slots, 0, cache.length))

@@ -9,6 +9,7 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels import GRID
 from ring_jax import cache as caches
 from ring_jax import sharding
 from ring_jax.block import Block, remat
@@ -154,7 +155,7 @@ class Ring(nnx.Module):
         if place.only is None:
             x = place._replace(only=only).wanted(x)
         hidden = name(self.norm(x)[1], "final_norm")
-        after = None if cache is None else Cache(tuple(layers), cache.length + place.count)
+        after = None if cache is None else cache._replace(layers=tuple(layers), length=cache.length + place.count)
         return RingOutput(hidden, after, tuple(router))
 
     def _segment(self, segment: nnx.List, runs: tuple[Run, ...], x: jax.Array, place: Placement, cache: Any) -> tuple[Any, Any]:
@@ -189,14 +190,20 @@ class Ring(nnx.Module):
             return sharding.gather(self.embedding)[...].T
         return sharding.gather(self.head)[...]
 
-    def init_cache(self, batch: int, size: int) -> Cache:
-        """Return the empty cache of `batch` slots for sequences of up to `size` tokens."""
+    def init_cache(self, batch: int, size: int, num_pages: int | None = None) -> Cache:
+        """Return the empty cache of `batch` slots for sequences of up to `size` tokens.
+
+        With `num_pages` the slots share so many pages of softmax layers' keys and values, and have none yet: see `Cache.pages`.
+        """
+        shape, pages = (batch, size), None
+        if num_pages is not None:
+            shape, pages = (num_pages, GRID), jnp.full((batch, -(-size // GRID)), num_pages, jnp.int32)
 
         def run_cache(run: Run) -> Any:
             stack = (len(run.layers), len(run.layers[0]))
             if run.mixer == "linear":
                 return caches.linear_cache(self.config, stack, batch, self.numerics.dtype)
-            return caches.softmax_cache(self.config, stack, batch, size, self.numerics.dtype)
+            return caches.softmax_cache(self.config, stack, *shape, self.numerics.dtype)
 
         layers = tuple(tuple(run_cache(run) for run in segment) for segment in self.pattern)
-        return Cache(layers, jnp.zeros(batch, jnp.int32))
+        return Cache(layers, jnp.zeros(batch, jnp.int32), pages)

@@ -219,27 +219,26 @@ class Layer(NamedTuple):
 
 
 def trained_layer(model: str, mixer: str, num: int, target: str) -> Layer:
-    """Return what stands between the products of a released model's layer over `num` rows: `between_products`, and the moves of rows.
+    """Return what stands between the products of a released model's layer over `num` rows.
 
-    On a GPU the experts' SwiGLU and the gather of their rows are parts of their products: there these are computed, too.
+    That is `between_products`, and on a GPU the moves of rows to the experts and back, which are XLA's on a TPU whatever the kernels. The
+    experts' SwiGLU and the gather of their rows are parts of their products there: so these are computed, too.
     """
     on_gpu, layers = target == "h200", between_products(model, num, mixer)
     own = [case for i, case in enumerate(layers) if not on_gpu or i != len(layers) - 2]
     how = {"implementation": "pallas_gpu" if on_gpu else "pallas_tpu"}
     between, _ = trained([(case.function(jnp.bfloat16, **how), case) for case in own], jnp.bfloat16)
     plain, arguments = trained([(equations_of(case, jnp.bfloat16), case) for case in layers], jnp.bfloat16)
-    moves = moves_of(COMPILE_SIZES[f"{model} gate_up"][0], num, how["implementation"])
-    unfused = lambda arguments, cotangents, moved, given: (plain(arguments, cotangents), moves.equations(*moved))
     if not on_gpu:
-        program = lambda arguments, cotangents, moved, given: (between(arguments, cotangents), moves.program(*moved))
-        return Layer(program, None, unfused, (*arguments, moves.arguments, ()))
-    experts = experts_of(model, num)
+        return Layer(between, None, plain, arguments)
+    moves, experts = moves_of(COMPILE_SIZES[f"{model} gate_up"][0], num), experts_of(model, num)
     others = lambda x: [*x[:-2], x[-1]]
 
     def program(arguments, cotangents, moved, given):
         return between(others(arguments), others(cotangents)), moves.program(*moved), experts.program(*given)
 
     products = lambda arguments, cotangents, moved, given: experts.products(*given)
+    unfused = lambda arguments, cotangents, moved, given: (plain(arguments, cotangents), moves.equations(*moved))
     return Layer(program, products, unfused, (*arguments, moves.arguments, experts.arguments))
 
 

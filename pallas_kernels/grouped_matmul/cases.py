@@ -94,9 +94,10 @@ def compile_cases() -> Iterator[CompileCase]:
 
 
 class Moves(NamedTuple):
-    """Tokens' way to their experts and back, values and gradients: `program`, its `equations` with autodiff's gradients, their arguments.
+    """Rows' way back from the experts, values and gradients (`program`), the equations of the ways there and back, and their arguments.
 
-    These are x, the experts' results, the groups, the slots' weights, the gradients of the gathered rows and of the sums.
+    The way there is a part of the experts' products. The arguments are the tokens, the experts' results, the groups, the slots' weights,
+    the gradients of the gathered rows and of the sums.
     """
 
     program: Callable[..., Any]
@@ -104,38 +105,36 @@ class Moves(NamedTuple):
     arguments: tuple[Any, ...]
 
 
-def moves_of(width: int, num: int, implementation: str) -> Moves:
-    """Return the moves of so many tokens of a width. On a GPU the way there is a part of the experts' products, and not in `program`."""
-    from pallas_kernels.grouped_matmul.api import combine_groups, gather_groups
+def moves_of(width: int, num: int) -> Moves:
+    """Return the moves of so many tokens of a width, by a GPU's kernels."""
+    from pallas_kernels.grouped_matmul.api import combine_groups
 
-    def both(there, back, x, rows, groups, weights, d_gathered, dy):
-        found = []
-        if there is not None:
-            gathered, pull_back = jax.vjp(lambda x: there(x, groups), x)
-            found.append((gathered, pull_back(d_gathered)))
-        y, pull_back = jax.vjp(lambda rows, weights: back(rows, groups, weights), rows, weights)
-        return [*found, (y, pull_back(dy))]
+    take = functools.partial(jnp.take, axis=0, mode="fill", fill_value=0)
 
-    def there(x, groups):
-        return jnp.take(x, groups.source // ACTIVE, axis=0, mode="fill", fill_value=0)
+    def program(x, rows, groups, weights, d_gathered, dy):
+        combine = functools.partial(combine_groups, groups=groups, aligned=True, implementation="pallas_gpu")
+        y, pull_back = jax.vjp(lambda rows, weights: combine(rows, weights=weights), rows, weights)
+        return y, pull_back(dy)
 
-    def back(rows, groups, weights):
-        slots = jnp.take(rows, groups.destination.reshape(weights.shape), axis=0, mode="fill", fill_value=0)
-        return (slots.astype(jnp.float32) * weights[..., None]).sum(1).astype(rows.dtype)
+    def equations(x, rows, groups, weights, d_gathered, dy):
+        def back(rows, weights):
+            slots = take(rows, groups.destination.reshape(weights.shape))
+            return (slots.astype(jnp.float32) * weights[..., None]).sum(1).astype(rows.dtype)
 
-    gather = None if implementation == "pallas_gpu" else lambda x, groups: gather_groups(x, groups, ACTIVE)
-    combine = functools.partial(combine_groups, aligned=True, implementation=implementation)
+        gathered, pull_there = jax.vjp(lambda x: take(x, groups.source // ACTIVE), x)
+        y, pull_back = jax.vjp(back, rows, weights)
+        return gathered, pull_there(d_gathered), y, pull_back(dy)
+
     array = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.bfloat16)
     assigned, weights = num * ACTIVE, jax.ShapeDtypeStruct((num, ACTIVE), jnp.float32)
     x, rows = array(num, width), array(allotted_rows(assigned), width)
-    arguments = x, rows, _groups(assigned), weights, rows, x
-    return Moves(functools.partial(both, gather, combine), functools.partial(both, there, back), arguments)
+    return Moves(program, equations, (x, rows, _groups(assigned), weights, rows, x))
 
 
 def _compile_combine(num: int) -> CompileCase:
     """The way back of so many tokens of the larger model, and its gradient."""
     width, assigned = 4096, num * ACTIVE
-    moves = moves_of(width, num, "pallas_gpu")
+    moves = moves_of(width, num)
     return CompileCase(
         kernel="grouped_matmul.combine",
         shape=f"flash {num}",

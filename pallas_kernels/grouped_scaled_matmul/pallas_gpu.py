@@ -4,6 +4,7 @@ FP8 `wgmma` wants both operands K-major: so they are, for the gradient of w as w
 """
 
 import functools
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -35,23 +36,22 @@ def _product_kernel(group_ref, start_ref, end_ref, *refs, size):
     group, start, end = group_ref[visit], start_ref[visit], end_ref[visit]
     here = start + jnp.arange(size.rows) < end  # what stands in other rows does not matter: they are not stored
     rows, columns = pl.ds(start, size.rows), pl.ds(column * size.columns, size.columns)
-    shape, exists, token = (size.rows, GROUP), here, rows
+    wide = lambda x, axis: jnp.broadcast_to(jnp.expand_dims(x, axis), (size.rows, GROUP))
+    row, exists = cast(Any, rows), here
     if token_ref:
-        token = triton.load(token_ref[0].at[rows], mask=here, other=a_ref.shape[0])
-        exists = token < a_ref.shape[0]
+        row = triton.load(token_ref[0].at[rows], mask=here, other=a_ref.shape[0])
+        exists = row < a_ref.shape[0]
 
     def scales(step):
-        at = (jnp.broadcast_to(step, here.shape), token) if token_ref else (step, rows)
+        at = (jnp.broadcast_to(step, here.shape), row) if token_ref else (step, row)
         return triton.load(a_scales_ref.at[at], mask=exists, other=0.0)[:, None], b_scales_ref[group, step, column]
 
     def turn(step, carry):
         acc, now = carry
         following = scales(jnp.minimum(step + 1, num_steps - 1))
         depth = pl.ds(step * GROUP, GROUP)
-        at = rows, depth
-        if token_ref:
-            at = jnp.broadcast_to(token[:, None], shape), jnp.broadcast_to((depth.start + jnp.arange(GROUP))[None], shape)
-        a = triton.load(a_ref.at[at], mask=jnp.broadcast_to(exists[:, None], shape), other=0.0 if token_ref else None)
+        at = (wide(row, 1), wide(depth.start + jnp.arange(GROUP), 0)) if token_ref else (row, depth)
+        a = triton.load(a_ref.at[at], mask=wide(exists, 1), other=0.0 if token_ref else None)
         return _step(acc, a, b_ref[group, columns, depth], *now), following
 
     def store(y):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from pallas_kernels import GRID
 from ring_jax import cache as caches
 from ring_jax import checkpoint, numerics, scoring
 from ring_jax.config import PRESETS
@@ -35,10 +36,22 @@ def documents(tokens) -> list[np.ndarray]:
     return [rng.integers(0, SMALL.vocab_size, length).astype(np.int32) for length in LENGTHS]
 
 
-def through_cache(programs, documents, seed, steps_only_after=None) -> list[np.ndarray]:
+def in_pages(model, batch) -> caches.Cache:
+    """Return an empty cache whose slots have pages from all over a memory that held other things, and none behind CACHE positions."""
+    per_slot = CACHE // GRID
+    cache = model.init_cache(batch, CACHE + GRID, 2 * batch * per_slot)
+    assert (np.asarray(cache.pages) == 2 * batch * per_slot).all()
+    table = np.random.default_rng(7).permutation(2 * batch * per_slot)[: batch * per_slot].reshape(batch, per_slot)
+    is_softmax = lambda layer: isinstance(layer, caches.SoftmaxCache)
+    dirty = lambda layer: jax.tree.map(lambda x: x + 3, layer) if is_softmax(layer) else layer
+    layers = jax.tree.map(dirty, cache.layers, is_leaf=lambda x: isinstance(x, caches.SoftmaxCache | caches.LinearCache))
+    return cache._replace(layers=layers, pages=cache.pages.at[:, :per_slot].set(table))
+
+
+def through_cache(programs, documents, seed, steps_only_after=None, paged=False) -> list[np.ndarray]:
     """Return the hidden states of documents that go through a cache in random pieces, padded anywhere, some slots resting."""
     rng, batch = np.random.default_rng(seed), len(documents)
-    cache, done = programs.model.init_cache(batch, CACHE), [0] * batch
+    cache, done = in_pages(programs.model, batch) if paged else programs.model.init_cache(batch, CACHE), [0] * batch
     found = [np.zeros((len(d), programs.model.config.hidden_size), programs.model.numerics.dtype) for d in documents]
     while any(at < len(d) for at, d in zip(done, documents, strict=True)):
         width = 1 if steps_only_after is not None and min(done) >= steps_only_after else int(rng.choice(WIDTHS))
@@ -74,8 +87,8 @@ def test_forward_is_prefill_plus_decode(documents, options, chunk):
     whole = programs.hidden(tokens, positions)
     assert np.isfinite(whole).all()
     whole = [rows[: len(d)] for rows, d in zip(whole, documents, strict=True)]
-    for seed, steps_only_after in ((0, None), (1, None), (2, 60)):
-        assert same_bits(through_cache(programs, documents, seed, steps_only_after), whole)
+    for seed, steps_only_after, paged in ((0, None, False), (1, None, False), (2, 60, False), (3, 60, True)):
+        assert same_bits(through_cache(programs, documents, seed, steps_only_after, paged), whole)
     if chunk == 64:
         at = (256, 0, 512)
         packed, places, segments = np.zeros((1, 640), np.int32), np.full((1, 640), -1, np.int32), np.zeros((1, 640), np.int32)
