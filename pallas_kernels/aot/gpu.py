@@ -154,11 +154,16 @@ def matrix_cycles(name: str, warps: int) -> float:
     return m * n * k / operand * (warps / 4 if name.startswith("wgmma") else 2 * warps)
 
 
-def bounds(counted: dict[str, Any], programs: int, threads: int, registers: int, shared: int, moved: float) -> dict[str, float]:
-    """Return the five bounds of a kernel in seconds."""
+def resident(programs: int, threads: int, registers: int, shared: int) -> int:
+    """Return how many of so many programs an SM has at a time: what its registers, shared memory and threads allow."""
+    registers_of_a_warp = -(-registers * 32 // 256) * 256
+    fits = (_REGISTERS // (registers_of_a_warp * threads // 32), _SHARED // (shared + 1024), _THREADS // threads, _PROGRAMS)
+    return max(min(*fits, -(-programs // CHIPS["h200"].cores)), 1)
+
+
+def bounds(counted: dict[str, Any], programs: int, threads: int, active: int, moved: float) -> dict[str, float]:
+    """Return the five bounds of a kernel in seconds; an SM has `active` programs at a time."""
     chip, warps = CHIPS["h200"], threads // 32
-    fits = (_REGISTERS // (-(-registers * 32 // 256) * 256 * warps), _SHARED // (shared + 1024), _THREADS // threads, _PROGRAMS)
-    active = max(min(*fits, -(-programs // chip.cores)), 1)
     busiest = -(-programs // chip.cores)
     tensor = sum(number * matrix_cycles(name, warps) for name, number in counted["instructions"].items())
     other = counted["issued"] * max(warps / 4, 1) + counted["stalls"]
@@ -217,8 +222,9 @@ def compile_case(case: gates.CompileCase, target: str, folder: str) -> dict[str,
         launches.remove(launch)
         grid, threads, shared = tuple(map(int, launch[1:4])), int(launch[4]), int(launch[5])
         counted, report = count(parts[launch[0]], equation.params["jaxpr"], case.turns.get(name)), reports[launch[0]]
-        times = bounds(counted, math.prod(grid), threads, report["registers"], shared, moved)
-        record = {"kernel": name, "grid": grid, "threads": threads, "memory": shared, "moved": moved}
+        active = resident(math.prod(grid), threads, report["registers"], shared)
+        times = bounds(counted, math.prod(grid), threads, active, moved)
+        record = {"kernel": name, "grid": grid, "threads": threads, "programs": active, "memory": shared, "moved": moved}
         record |= {key: counted[key] for key in ("known", "issued", "instructions", "sequence")} | report
         kernels.append(record | {"times": times, "estimate": max(times.values())})
     others = {name: _compiled(case, program, target, folder) for name, program in gates.others_of(case).items()}

@@ -67,6 +67,7 @@ def record(
         "kernel": name,
         "grid": (*mesh.grid, *mesh.cluster),
         "threads": WARPGROUP * mesh.num_threads,
+        "programs": 1,
         "memory": int(shared[1]),
         "moved": moved,
         "known": True,

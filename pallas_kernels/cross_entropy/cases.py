@@ -48,10 +48,10 @@ def inputs(case: Case, dtype: DTypeLike, seed: int = 0) -> tuple[jax.Array, jax.
 
 COMPILE_CASES = {
     "small 64": (Case(64, 512, 4096), {"forward": ("v5e", "v5p", "v6e", "h200")}),
-    "mini 64": (Case(64, *RELEASED["mini"]), {"forward": ("v5p", "h200"), "logits": ("v5e", "v5p", "v6e", "h200")}),
-    "mini 8192": (Case(8192, *RELEASED["mini"]), {"forward": ("v5p", "h200"), "backward": ("v5e", "v5p", "v6e", "h200")}),
+    "mini 64": (Case(64, *RELEASED["mini"]), {"forward": ("v5p", "v6e", "h200"), "logits": ("v5e", "v5p", "v6e", "h200")}),
+    "mini 8192": (Case(8192, *RELEASED["mini"]), {"forward": ("v5p", "v6e", "h200"), "backward": ("v5e", "v5p", "v6e", "h200")}),
     "flash 64": (Case(64, *RELEASED["flash"]), {"forward": ("h200",), "logits": ("h200",)}),
-    "flash 8192": (Case(8192, *RELEASED["flash"]), {"forward": ("h200",), "backward": ("v5p", "h200")}),
+    "flash 8192": (Case(8192, *RELEASED["flash"]), {"forward": ("v5p", "v6e", "h200"), "backward": ("v5p", "h200")}),
 }
 """What the compile gates compile, and for which chips. A backward has the forward's kernels in it, which take a TPU's compiler long."""
 

@@ -38,6 +38,7 @@ def test_quick_cases_pass_their_gates(target, tmp_path):
     idle = {kernel["kernel"] for row in rows if row["kernel"] in products for kernel in row["kernels"] if not kernel["instructions"]}
     assert idle <= WITHOUT_PRODUCTS
     if target == "h200":
+        assert all(32 <= kernel["programs"] * kernel["threads"] <= 2048 for row in rows for kernel in row["kernels"])
         sequences = {kernel["kernel"]: kernel["sequence"] for row in rows for kernel in row["kernels"]}
         decode, fold = sequences["lightning_decode"], sequences["lightning_fold"]
         assert decode == [["m64n64k16", "memory", 16], ["m64n64k16", "registers", 4]]  # Q K^T and Q S, then P V
@@ -254,3 +255,19 @@ def test_matrix_instructions_take_their_cycles():
     assert gpu.matrix_cycles("wgmma.mma_async.sync.aligned.m64n256k16.f32.bf16.bf16", warps=8) == 256
     assert gpu.matrix_cycles("wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.e4m3", warps=4) == 64
     assert gpu.matrix_cycles("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32", warps=4) == 8
+
+
+@pytest.mark.parametrize(
+    ("programs", "threads", "registers", "shared", "active"),
+    [
+        (10_000, 256, 128, 0, 2),  # 65536 registers
+        (10_000, 256, 129, 0, 1),  # a warp's registers are a multiple of 256
+        (10_000, 128, 32, 64 << 10, 3),  # 228 KiB, one more a program
+        (10_000, 512, 32, 0, 4),  # 2048 threads
+        (10_000, 32, 32, 0, 32),
+        (200, 32, 32, 0, 2),  # on 132 SMs
+        (100, 1024, 255, 0, 1),
+    ],
+)
+def test_programs_that_an_sm_has_at_a_time(programs, threads, registers, shared, active):
+    assert gpu.resident(programs, threads, registers, shared) == active
