@@ -108,7 +108,10 @@ class LightningGpu(NamedTuple):
 
 
 LIGHTNING_GPU = MappingProxyType({"h200": LightningGpu(64, 4, 3), "cpu": LightningGpu(16, 4, 1)})
-LIGHTNING_GPU_BACKWARD = MappingProxyType({"h200": LightningGpu(64, 4, 3), "cpu": LightningGpu(16, 4, 1)})
+LIGHTNING_GPU_BACKWARD = MappingProxyType({"h200": LightningGpu(64, 4, 3), "cpu": LightningGpu(32, 4, 1)})
+LIGHTNING_GPU_BACKWARD_FEW = MappingProxyType({"h200": LightningGpu(32, 4, 3), "cpu": LightningGpu(16, 4, 1)})
+LIGHTNING_GPU_FEW = MappingProxyType({"h200": 132, "cpu": 8})
+"""Programs up to which narrower blocks pay, since all are at work at once: the multiprocessors of a chip."""
 LIGHTNING_GPU_DECODE = MappingProxyType({"h200": LightningGpu(64, 4, 1), "cpu": LightningGpu(16, 4, 1)})
 
 
@@ -305,9 +308,9 @@ class GroupedScaledTpu(NamedTuple):
 
 GROUPED_SCALED_TPU = MappingProxyType(
     {
-        "v5e": GroupedScaledTpu(128, 512, 1024, 64 * _MIB),
-        "v5p": GroupedScaledTpu(128, 512, 1024, 64 * _MIB),
-        "v6e": GroupedScaledTpu(128, 512, 1024, 64 * _MIB),
+        "v5e": GroupedScaledTpu(128, 2048, 1024, 64 * _MIB),
+        "v5p": GroupedScaledTpu(128, 512, 1024, 64 * _MIB),  # blocks of columns for both cores
+        "v6e": GroupedScaledTpu(128, 2048, 1024, 64 * _MIB),
         "cpu": GroupedScaledTpu(128, 128, 128, 64 * _MIB),
     }
 )
@@ -351,5 +354,5 @@ FUSED_LAYERS_GPU_HEADS = MappingProxyType({"h200": FusedLayersGpu(2048, 4, 32, 4
 """Where channels of a head are exchanged."""
 FUSED_LAYERS_GPU_COLUMNS = MappingProxyType({kind: FusedLayersGpu(2048, 1, 128, 4) for kind in ("h200", "cpu")})
 """Where columns of 128 rows share a scale in FP8: a program walks 128 rows of 128 columns."""
-FUSED_LAYERS_GPU_REDUCING = MappingProxyType({"h200": FusedLayersGpu(1024, 1, 32, 4), "cpu": FusedLayersGpu(128, 1, 8, 4)})
-"""Where a row is reduced many times: it is in one warp."""
+FUSED_LAYERS_GPU_REDUCING = MappingProxyType({"h200": FusedLayersGpu(256, 1, 32, 1), "cpu": FusedLayersGpu(128, 1, 8, 4)})
+"""Where a row is reduced many times: it is in one warp, and a program has no other, so that nothing goes through shared memory."""

@@ -307,7 +307,7 @@ _RATIOS = {
     "gated_group_norm": (1.25, 1.05),
     "swiglu": (1.05, 1.05),
     "qk_norm_rope": (2.1, 1.7),
-    "route": (10, 15),
+    "route": (10, 9),
 }
 """Estimates over 8192 rows, in units of the floor of the bytes, for TPUs and GPUs."""
 _COMPILED = {

@@ -5,6 +5,7 @@ accumulator fit in registers. q, k, v and o are read where they lie, [B, T, H, K
 """
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -165,7 +166,9 @@ def _forward(q, k, v, weights, state, reset, last):
 
 def _backward(q, k, v, d_out, weights, state, d_state, reset, last):
     chunk_size, (key_size, value_size) = weights.mask.shape[1], state.shape[2:]
-    choice, flops = tiles.of(tiles.LIGHTNING_GPU_BACKWARD), 2 * chunk_size * (key_size + value_size) + 4 * key_size * value_size
+    choice, flops = tiles.of(tiles.LIGHTNING_GPU_BACKWARD_FEW), 2 * chunk_size * (key_size + value_size) + 4 * key_size * value_size
+    if math.prod(state.shape[:2]) * max(key_size, value_size) > choice.block * tiles.of(tiles.LIGHTNING_GPU_FEW):
+        choice = tiles.of(tiles.LIGHTNING_GPU_BACKWARD)
     transposed = weights._replace(mask=jnp.swapaxes(weights.mask, 1, 2))
     partial = lambda kernel: functools.partial(kernel, chunk_size=chunk_size)
     run = lambda kernel, name, sequences, split, w, state, outs: _call(
