@@ -125,6 +125,10 @@ def compile_cases() -> Iterator[CompileCase]:
                 yield _compile_training("backward", name, case, implementation, targets)
         for name, case in COMPILE_CACHE.items():
             yield _compile_cache(name, case, implementation, targets)
+    for name in ("mini (1, 8192, 16)", "flash (1, 32768, 32)"):  # a GPU's kernel is the same
+        yield _compile_training("aligned", name, COMPILE_TRAINING[name], "pallas_tpu", TARGETS["pallas_tpu"])
+    for name in ("mini 64 slots, 8192 keys", "mini 1024 on 524288 keys"):
+        yield _compile_cache(name, COMPILE_CACHE[name], "pallas_tpu", TARGETS["pallas_tpu"], aligned=True)
     for kernel in ("forward", "backward"):
         case = Case(1, 8192, 16, 4, 128)
         yield _compile_training(kernel, "mini fp32 (1, 8192, 16)", case, "pallas_gpu", TARGETS["pallas_gpu"], jnp.float32)
@@ -139,7 +143,7 @@ def _compile_training(
     heads = lambda number: jax.ShapeDtypeStruct((case.B, case.T, number, case.K), dtype)
     bounded = implementation == "pallas_gpu" and dtype == jnp.bfloat16
     bound, backward = jax.ShapeDtypeStruct((case.B, case.T), jnp.int32), kernel == "backward"
-    op = functools.partial(flash_attention, implementation=implementation)
+    op = functools.partial(flash_attention, aligned=kernel == "aligned", implementation=implementation)
 
     def gradients(q, k, v, start, stop, d_out):
         return jax.vjp(lambda q, k, v: op(q, k, v, start, stop), q, k, v)[1](d_out)
@@ -168,7 +172,7 @@ def _compile_training(
     )
 
 
-def _compile_cache(name: str, case: CacheCase, implementation: str, targets: tuple[str, ...]) -> CompileCase:
+def _compile_cache(name: str, case: CacheCase, implementation: str, targets: tuple[str, ...], aligned: bool = False) -> CompileCase:
     """Decoding, or a piece of a prompt."""
     from pallas_kernels.flash_attention.api import flash_attention, flash_attention_paged
 
@@ -177,11 +181,12 @@ def _compile_cache(name: str, case: CacheCase, implementation: str, targets: tup
     table = [jax.ShapeDtypeStruct((case.slots, blocks), jnp.int32)] if case.paged else []
     on_gpu = 1.2 if case.T == 1 else 1.75
     bound, q = jax.ShapeDtypeStruct((case.slots, case.T), jnp.int32), bf16(case.slots, case.T, case.H, case.K)
+    op, how = flash_attention_paged if case.paged else flash_attention, {"aligned": aligned, "implementation": implementation}
     return CompileCase(
-        kernel=f"flash_attention.{'decode' if case.T == 1 else 'prefill'}",
+        kernel=f"flash_attention.{'decode' if case.T == 1 else 'prefill'}{'.aligned' * aligned}",
         shape=name,
         targets=targets,
-        program=functools.partial(flash_attention_paged if case.paged else flash_attention, implementation=implementation),
+        program=functools.partial(op, **how),
         arguments=(q, bf16(*keys, case.G, case.K), bf16(*keys, case.G, case.K), *table, bound, bound),
         bytes=4 * case.slots * case.K * (case.S * case.G + case.T * case.H),
         flops=4 * case.slots * case.T * case.H * case.S * case.K,

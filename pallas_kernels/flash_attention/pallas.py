@@ -21,19 +21,19 @@ def _pages(x: jax.Array) -> jax.Array:
     return x.reshape(-1, KEY_BLOCK, *x.shape[2:])
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
-def _flash(q, k, v, start, stop, forward, backward):
-    return _forward(q, k, v, start, stop, forward, backward)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
+def _flash(q, k, v, start, stop, aligned, forward, backward):
+    return _forward(q, k, v, start, stop, aligned, forward, backward)[0]
 
 
-def _forward(q, k, v, start, stop, forward, backward):
+def _forward(q, k, v, start, stop, aligned, forward, backward):
     del backward
-    out, log_total = forward(q, _pages(k), _pages(v), None, start, stop)
+    out, log_total = forward(q, _pages(k), _pages(v), None, start, stop, aligned)
     return out, (q, k, v, start, stop, out, log_total)
 
 
-def _backward(forward, backward, residuals, d_out):
-    del forward
+def _backward(aligned, forward, backward, residuals, d_out):
+    del aligned, forward
     q, k, v, start, stop, out, log_total = residuals
     delta = (d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1)  # [B, T, H]
     dq, *d_pages = backward(q, _pages(k), _pages(v), start, stop, d_out.astype(q.dtype), log_total, delta)
@@ -63,19 +63,17 @@ def query_ranges(start: jax.Array, stop: jax.Array, positions: int, num_blocks: 
 
 
 def flash_attention(forward: Callable, backward: Callable, q, k, v, start, stop, *, aligned):
-    """See `api.flash_attention`. A kernel's rows have the same bits in every mode, aligned or not.
+    """See `api.flash_attention`.
 
-    forward(q, key_pages, value_pages, page_table, start, stop) returns the outputs and the log-sum-exps, as backward(q, key_pages,
+    forward(q, key_pages, value_pages, page_table, start, stop, aligned) returns the outputs and the log-sum-exps, as backward(q, key_pages,
     value_pages, start, stop, d_out, log_total, delta) takes them, which returns the gradients of q and the pages. Without a table the
     pages of a row lie one after another.
     """
-    del aligned
-    out: Any = _flash(*_operands(q, k, v), start.astype(jnp.int32), stop.astype(jnp.int32), forward, backward)
+    out: Any = _flash(*_operands(q, k, v), start.astype(jnp.int32), stop.astype(jnp.int32), aligned, forward, backward)
     return out.astype(q.dtype)
 
 
 def flash_attention_paged(forward: Callable, q, key_pages, value_pages, page_table, start, stop, *, aligned):
     """See `api.flash_attention_paged`; `forward` is that of `flash_attention`."""
-    del aligned
-    out, _ = forward(*_operands(q, key_pages, value_pages), page_table, start.astype(jnp.int32), stop.astype(jnp.int32))
+    out, _ = forward(*_operands(q, key_pages, value_pages), page_table, start.astype(jnp.int32), stop.astype(jnp.int32), aligned)
     return out.astype(q.dtype)

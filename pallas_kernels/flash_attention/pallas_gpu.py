@@ -233,7 +233,8 @@ def _by_key_head(x: jax.Array, groups: int) -> jax.Array:
     return x.reshape(*x.shape[:2], groups, -1, *x.shape[3:])
 
 
-def _forward(q, key_pages, value_pages, page_table, start, stop):
+def _forward(q, key_pages, value_pages, page_table, start, stop, aligned):
+    del aligned  # a tile of more keys does not fit
     _check(q, key_pages, value_pages)
     (batch, num_tokens, heads, key_size), (groups, value_size) = q.shape, value_pages.shape[2:]
     choice, q = _choice(q, _FORWARD), _by_key_head(q, groups)

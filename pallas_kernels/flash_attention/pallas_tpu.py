@@ -25,7 +25,10 @@ _MAX_SCALARS = 1 << 17
 
 
 class _Layout(NamedTuple):
-    """A program's part: positions of a tile, query heads of a key head, key heads, tiles, key blocks of a step; sizes of heads."""
+    """A program's part: positions of a tile, query heads of a key head, key heads, tiles, key blocks of a step; sizes of heads.
+
+    `together`: key blocks that the softmax takes in at once.
+    """
 
     positions: int
     repeat: int
@@ -34,6 +37,7 @@ class _Layout(NamedTuple):
     blocks: int
     key_size: int
     value_size: int
+    together: int = 1
 
     @property
     def rows(self) -> int:
@@ -44,7 +48,7 @@ class _Layout(NamedTuple):
         return self.positions * self.tiles
 
 
-def _layout(q, key_pages, value_pages, choice: tiles.FlashTpu) -> _Layout:
+def _layout(q, key_pages, value_pages, choice: tiles.FlashTpu, num_blocks: int, aligned: bool = True) -> _Layout:
     (batch, num_tokens, heads, key_size), (groups, value_size) = q.shape, value_pages.shape[2:]
     repeat = heads // groups
     positions = max(1, choice.rows // repeat)
@@ -56,14 +60,19 @@ def _layout(q, key_pages, value_pages, choice: tiles.FlashTpu) -> _Layout:
     programs = batch * pl.cdiv(num_tokens, positions * num_tiles)
     most = max(1, groups // choice.cores) if programs % choice.cores else groups  # every core gets as many programs as the others
     group = next(d for d in range(min(most, choice.heads), 0, -1) if groups % d == 0)
-    blocks = choice.blocks if num_tiles > 1 else choice.decode_blocks
-    return _Layout(positions, repeat, group, num_tiles, blocks, key_size, value_size)
+    blocks = min(choice.wide if not aligned else choice.blocks if num_tiles > 1 else choice.decode_blocks, num_blocks)
+    return _Layout(positions, repeat, group, num_tiles, blocks, key_size, value_size, 1 if aligned else blocks)
 
 
 def _words() -> tile.Words:
     """Numbers of a row are columns, as wide as the lanes where values are so too."""
     total = (lambda x: tile.row_sum(x)[..., None]) if interpreted("tpu") else (lambda x: x.sum(-1, keepdims=True))
-    return tile.Words(largest=lambda x: x.max(-1, keepdims=True), total=total, spread=lambda x: x)
+    return tile.Words(largest=lambda x: x.max(-1, keepdims=True), total=total, spread=lambda x, beside: _wide(x, beside.shape[-1]))
+
+
+def _wide(x: jax.Array, width: int) -> jax.Array:
+    """Columns beside an array of this width, a multiple of theirs; a single one is broadcast anyway."""
+    return x if x.shape[-1] in (1, width) else jnp.tile(x, (*(1,) * (x.ndim - 1), width // x.shape[-1]))
 
 
 def _head(ref, g: int, group: int) -> slice:
@@ -89,6 +98,11 @@ def _write_rows(ref, n: int, layout: _Layout, x: jax.Array) -> None:
 def _read_page(ref, layout: _Layout) -> jax.Array:
     """A block [1, KEY_BLOCK, group x size] as [group, KEY_BLOCK, size]."""
     return jnp.stack([ref[0, :, _head(ref, g, layout.group)] for g in range(layout.group)])
+
+
+def _read_pages(refs, layout: _Layout) -> jax.Array:
+    """Blocks that the softmax takes in at once, as [group, keys, size]."""
+    return jnp.concatenate([_read_page(ref, layout) for ref in refs], axis=1)
 
 
 def _column(row: jax.Array) -> jax.Array:
@@ -128,10 +142,12 @@ def _forward_kernel(first_ref, last_ref, *refs, layout: _Layout):
     def _live():
         for n in range(layout.tiles):
             q, softmax = _read_rows(q_ref, n, layout), Softmax(*(ref[n] for ref in softmax_refs))
-            for i, (key_ref, value_ref) in enumerate(zip(keys, values, strict=True)):
-                seen = tile.seen(start_ref[n], stop_ref[n], (block + i) * KEY_BLOCK)
-                scores = tile.scores(q, _read_page(key_ref, layout), seen)
-                softmax = tile.add_block(softmax, scores, _read_page(value_ref, layout), _words())
+            width = layout.together * KEY_BLOCK
+            bounds = _wide(start_ref[n], width), _wide(stop_ref[n], width)
+            for i in range(0, layout.blocks, layout.together):
+                own = slice(i, i + layout.together)
+                scores = tile.scores(q, _read_pages(keys[own], layout), tile.seen(*bounds, (block + i) * KEY_BLOCK, size=width))
+                softmax = tile.add_block(softmax, scores, _read_pages(values[own], layout), _words())
             for ref, x in zip(softmax_refs, softmax, strict=True):
                 ref[n] = x
 
@@ -285,12 +301,12 @@ def _programs(start, stop, layout: _Layout):
     return first.shape[1], first.reshape(-1), last.reshape(-1)
 
 
-def _forward(q, key_pages, value_pages, page_table, start, stop):
-    choice = tiles.of(tiles.FLASH_TPU)
-    layout, (batch, num_tokens, heads, _), groups = _layout(q, key_pages, value_pages, choice), q.shape, key_pages.shape[2]
+def _forward(q, key_pages, value_pages, page_table, start, stop, aligned):
+    choice, (batch, num_tokens, heads, _), groups = tiles.of(tiles.FLASH_TPU), q.shape, key_pages.shape[2]
     if page_table is not None and page_table.size > _MAX_SCALARS:
         raise NotImplementedError(f"a page table of {page_table.size} entries is more than scalar memory should hold: {_MAX_SCALARS}")
     num_blocks = key_pages.shape[0] // batch if page_table is None else page_table.shape[1]
+    layout = _layout(q, key_pages, value_pages, choice, num_blocks, aligned)
     programs, first, last = _programs(start, stop, layout)
     specs = _Specs(layout, lambda b, i, s, first, last: i)
     pages = _pages_of_step(layout, programs, num_blocks)
@@ -326,9 +342,9 @@ def _forward(q, key_pages, value_pages, page_table, start, stop):
 
 
 def _backward(q, key_pages, value_pages, start, stop, d_out, log_total, delta):
-    choice = tiles.of(tiles.FLASH_TPU_BACKWARD)
-    layout, (batch, num_tokens, _, key_size), groups = _layout(q, key_pages, value_pages, choice), q.shape, key_pages.shape[2]
+    choice, (batch, num_tokens, _, key_size), groups = tiles.of(tiles.FLASH_TPU_BACKWARD), q.shape, key_pages.shape[2]
     num_blocks = key_pages.shape[0] // batch
+    layout = _layout(q, key_pages, value_pages, choice, num_blocks)
     programs, *ranges = _programs(start, stop, layout)
     rows = [_bound_rows(x, layout) for x in (start, stop)]
     numbers = [_head_rows(x, layout, groups) for x in (log_total, delta)]

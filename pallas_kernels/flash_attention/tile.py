@@ -52,12 +52,12 @@ def row_sum(x: jax.Array) -> jax.Array:
 
 
 class Words(NamedTuple):
-    """How a backend takes a product, the largest value and the sum of each row, lays a number a row beside its keys, and takes 2**x."""
+    """How a backend takes a product, the largest value and the sum of each row, lays a number a row beside an array, and takes 2**x."""
 
     dot: Callable = product
     largest: Callable = lambda x: x.max(-1)
     total: Callable = row_sum
-    spread: Callable = lambda x: x[..., None]
+    spread: Callable = lambda x, beside: x[..., None]
     exp2: Callable = jnp.exp2
 
 
@@ -105,9 +105,9 @@ def power_of_two(exponent: jax.Array) -> jax.Array:
 def add_block(softmax: Softmax, scores: jax.Array, v: jax.Array, words: Words = PLAIN) -> Softmax:
     """Return the softmax after one more block of keys, with these scores [..., R, S] and values v [..., S, V]."""
     maximum = jnp.maximum(softmax.maximum, jnp.ceil(words.largest(scores)))
-    weights = words.exp2(scores - words.spread(maximum))
+    weights = words.exp2(scores - words.spread(maximum, scores))
     rescale = power_of_two(softmax.maximum - maximum)
-    out = words.dot(dot_cast(weights, v.dtype), v, (1, 0), words.spread(rescale) * softmax.out)
+    out = words.dot(dot_cast(weights, v.dtype), v, (1, 0), words.spread(rescale, softmax.out) * softmax.out)
     return Softmax(maximum, rescale * softmax.total + words.total(weights), out)
 
 
@@ -115,7 +115,7 @@ def finish(softmax: Softmax, words: Words = PLAIN) -> tuple[jax.Array, jax.Array
     """Return the output rows [..., R, V] and the log-sum-exp of their scores [..., R], in units of log 2; 0 and 0 without a key."""
     some = softmax.total > 0
     total = jnp.where(some, softmax.total, 1.0)
-    return softmax.out / words.spread(total), jnp.where(some, softmax.maximum + jnp.log2(total), 0.0)
+    return softmax.out / words.spread(total, softmax.out), jnp.where(some, softmax.maximum + jnp.log2(total), 0.0)
 
 
 def gradients(scores: jax.Array, d_weights: jax.Array, log_total: jax.Array, delta: jax.Array, words: Words = PLAIN):
