@@ -222,10 +222,10 @@ FLASH_TPU = MappingProxyType(
 )
 FLASH_TPU_BACKWARD = MappingProxyType(
     {
-        "v5e": FlashTpu(128, 4, 4, 4, 4, 1, 1, 64 * _MIB),
-        "v5p": FlashTpu(128, 4, 4, 4, 4, 1, 2, 64 * _MIB),
-        "v6e": FlashTpu(128, 4, 4, 4, 4, 1, 1, 64 * _MIB),
-        "cpu": FlashTpu(32, 2, 3, 1, 1, 1, 1, 64 * _MIB),
+        "v5e": FlashTpu(128, 4, 8, 4, 4, 1, 1, 64 * _MIB),
+        "v5p": FlashTpu(128, 4, 8, 4, 4, 1, 2, 64 * _MIB),
+        "v6e": FlashTpu(128, 4, 8, 4, 4, 1, 1, 64 * _MIB),
+        "cpu": FlashTpu(32, 2, 3, 2, 1, 1, 1, 64 * _MIB),
     }
 )
 

@@ -179,13 +179,12 @@ def _query_kernel(first_ref, last_ref, q_ref, *refs, layout: _Layout):
     @pl.when(live)
     def _live():
         for n in range(layout.tiles):
-            q, d_out, dq = _read_rows(q_ref, n, layout), _read_rows(d_out_ref, n, layout), dq_ref[n]
-            for i, (key_ref, value_ref) in enumerate(zip(keys, values, strict=True)):
-                k, v = _read_page(key_ref, layout), _read_page(value_ref, layout)
-                scores = tile.scores(q, k, tile.seen(start_ref[n], stop_ref[n], (block + i) * KEY_BLOCK))
-                _, d_scores = tile.gradients(scores, tile.product(d_out, v, (1, 1)), log_ref[n], delta_ref[n])
-                dq = tile.product(dot_cast(d_scores, k.dtype), k, (1, 0), dq)
-            dq_ref[n] = dq
+            q, d_out = _read_rows(q_ref, n, layout), _read_rows(d_out_ref, n, layout)
+            k, v, width = _read_pages(keys, layout), _read_pages(values, layout), layout.blocks * KEY_BLOCK
+            start, stop, log_total, delta = (_wide(ref[n], width) for ref in (start_ref, stop_ref, log_ref, delta_ref))
+            scores = tile.scores(q, k, tile.seen(start, stop, block * KEY_BLOCK, size=width))
+            _, d_scores = tile.gradients(scores, tile.product(d_out, v, (1, 1)), log_total, delta)
+            dq_ref[n] = tile.product(dot_cast(d_scores, k.dtype), k, (1, 0), dq_ref[n])
 
     @_last_step()
     def _last():
@@ -204,14 +203,16 @@ def _key_value_kernel(first_ref, last_ref, q_ref, key_ref, value_ref, *refs, lay
 
     @pl.when(live)
     def _live():
-        k, v, dk, dv = _read_page(key_ref, layout), _read_page(value_ref, layout), dk_ref[...], dv_ref[...]
-        for n in range(layout.tiles):
-            q, d_out = _read_rows(q_ref, n, layout), _read_rows(d_out_ref, n, layout)
-            scores = tile.scores(k, q, tile.seen(start_ref[0, n], stop_ref[0, n], block * KEY_BLOCK, axis=0))
-            both = tile.gradients(scores, tile.product(v, d_out, (1, 1)), log_ref[0, :, n], delta_ref[0, :, n])
-            weights, d_scores = (dot_cast(x, q.dtype) for x in both)
-            dk, dv = tile.product(d_scores, q, (1, 0), dk), tile.product(weights, d_out, (1, 0), dv)
-        dk_ref[...], dv_ref[...] = dk, dv
+        k, v = _read_page(key_ref, layout), _read_page(value_ref, layout)
+        q, d_out = (jnp.concatenate([_read_rows(ref, n, layout) for n in range(layout.tiles)], axis=1) for ref in (q_ref, d_out_ref))
+        beside = lambda row: jnp.concatenate([row(n) for n in range(layout.tiles)], axis=-1)
+        start, stop = (beside(lambda n, ref=ref: ref[0, n]) for ref in (start_ref, stop_ref))
+        log_total, delta = (beside(lambda n, ref=ref: ref[0, :, n]) for ref in (log_ref, delta_ref))
+        scores = tile.scores(k, q, tile.seen(start, stop, block * KEY_BLOCK, axis=0))
+        both = tile.gradients(scores, tile.product(v, d_out, (1, 1)), log_total, delta)
+        weights, d_scores = (dot_cast(x, q.dtype) for x in both)
+        dk_ref[...] = tile.product(d_scores, q, (1, 0), dk_ref[...])
+        dv_ref[...] = tile.product(weights, d_out, (1, 0), dv_ref[...])
 
     @_last_step()
     def _last():

@@ -28,15 +28,16 @@ from tests.pallas_kernels.tolerances import assert_close, assert_same_bits
 MODES = {
     "fast": {"aligned": False, "implementation": "xla"},
     "aligned": {"aligned": True, "implementation": "xla"},
-    "pallas_tpu": {"implementation": "pallas_tpu"},
-    "pallas_gpu": {"implementation": "pallas_gpu"},
+    "pallas_tpu fast": {"aligned": False, "implementation": "pallas_tpu"},
+    "pallas_tpu": {"aligned": True, "implementation": "pallas_tpu"},
+    "pallas_gpu": {"aligned": True, "implementation": "pallas_gpu"},
 }
 """How the op is computed; kernels are interpreted here: what they do not write, or read from outside of an array, is NaN there."""
 KERNELS = ["pallas_tpu", "pallas_gpu"]
 exact_modes_and_dtypes = pytest.mark.parametrize(("mode", "dtype"), modes_and_dtypes(["aligned", *KERNELS]))
 PROMPT = Case(2, 333, 4, 2, 16, V=32)
 CACHE = 512
-QUICK_IN_BF16 = {"pallas_tpu": "odd_length", "pallas_gpu": "segments"}
+QUICK_IN_BF16 = {"pallas_tpu fast": "segments", "pallas_tpu": "odd_length", "pallas_gpu": "segments"}
 """Interpreted kernels differ from plain JAX in their loads and stores, not in their roundings: one case by default."""
 RELEASED = Case(2, 384, 16, 4, 128, segments=True)
 """Heads as the released models have them: a GPU's tiles as they are there."""
@@ -235,6 +236,7 @@ def query_on(num_keys):
     ("mode", "num_keys"),
     [
         *((mode, LONGEST) for mode in ("fast", "aligned", "pallas_gpu")),
+        ("pallas_tpu fast", LONGEST // 64),
         ("pallas_tpu", LONGEST // 16),
         pytest.param("pallas_tpu", LONGEST, marks=pytest.mark.slow),
     ],
