@@ -114,17 +114,24 @@ COMPILE_CACHE = {
 }
 TARGETS = {"pallas_tpu": ("v5e", "v5p", "v6e"), "pallas_gpu": ("h200",)}
 WGMMA = r"wgmma\..*m64n128k16"
+RATIOS = {
+    "v5e": {"forward": 3.9, "backward": 3.9, "decode": 1.3, "prefill": 2.0},
+    "v5p": {"forward": 3.9, "backward": 3.9, "decode": 1.7, "prefill": 2.0},
+    "v6e": {"forward": 10.8, "backward": 9.6, "decode": 1.75, "prefill": 5.5},
+    "h200": {"forward": 1.75, "backward": 1.5, "decode": 1.2, "prefill": 1.75},
+}
+"""Estimates in bf16, in units of the floor. A TPU's counts the steps that a causal mask skips as if they were not skipped."""
 
 
 def compile_cases() -> Iterator[CompileCase]:
-    """Yield what the compile gates compile. A TPU's estimate counts the steps that a causal mask skips as if they were not skipped."""
-    for implementation, targets in TARGETS.items():
+    """Yield what the compile gates compile."""
+    for implementation, target in ((implementation, (target,)) for implementation, targets in TARGETS.items() for target in targets):
         for name, case in COMPILE_TRAINING.items():
-            yield _compile_training("forward", name, case, implementation, targets)
+            yield _compile_training("forward", name, case, implementation, target)
             if case.T == 8192:
-                yield _compile_training("backward", name, case, implementation, targets)
+                yield _compile_training("backward", name, case, implementation, target)
         for name, case in COMPILE_CACHE.items():
-            yield _compile_cache(name, case, implementation, targets)
+            yield _compile_cache(name, case, implementation, target)
     for name in ("mini (1, 8192, 16)", "flash (1, 32768, 32)"):  # a GPU's kernel is the same
         yield _compile_training("aligned", name, COMPILE_TRAINING[name], "pallas_tpu", TARGETS["pallas_tpu"])
     for name in ("mini 64 slots, 8192 keys", "mini 1024 on 524288 keys"):
@@ -141,7 +148,7 @@ def _compile_training(
     from pallas_kernels.flash_attention.api import flash_attention
 
     heads = lambda number: jax.ShapeDtypeStruct((case.B, case.T, number, case.K), dtype)
-    bounded = implementation == "pallas_gpu" and dtype == jnp.bfloat16
+    on_tensor_cores = implementation == "pallas_gpu" and dtype == jnp.bfloat16
     bound, backward = jax.ShapeDtypeStruct((case.B, case.T), jnp.int32), kernel == "backward"
     op = functools.partial(flash_attention, aligned=kernel == "aligned", implementation=implementation)
 
@@ -161,9 +168,9 @@ def _compile_training(
         arguments=(*arguments, heads(case.H)) if backward else arguments,
         bytes=3 * moved if backward else moved,
         flops=(2 + 5 if backward else 2) * products,  # the gradient's program has the forward in it
-        floor_ratio=(1.5 if backward else 1.75) if bounded else None,
-        instruction=WGMMA if bounded else None,
-        quick=case.T == 8192 and case.H == 16 and bounded,
+        floor_ratio=RATIOS[targets[0]].get(kernel) if dtype == jnp.bfloat16 else None,
+        instruction=WGMMA if on_tensor_cores else None,
+        quick=case.T == 8192 and case.H == 16 and on_tensor_cores,
         turns={
             "flash_forward": case.T // 2 // GRID,
             "flash_dq": case.T // 2 // dq.keys,
@@ -179,11 +186,11 @@ def _compile_cache(name: str, case: CacheCase, implementation: str, targets: tup
     blocks, bf16 = case.S // GRID, lambda *shape: jax.ShapeDtypeStruct(shape, jnp.bfloat16)
     keys = (case.slots * blocks, GRID) if case.paged else (case.slots, case.S)
     table = [jax.ShapeDtypeStruct((case.slots, blocks), jnp.int32)] if case.paged else []
-    on_gpu = 1.2 if case.T == 1 else 1.75
+    kernel = f"{'decode' if case.T == 1 else 'prefill'}{'.aligned' * aligned}"
     bound, q = jax.ShapeDtypeStruct((case.slots, case.T), jnp.int32), bf16(case.slots, case.T, case.H, case.K)
     op, how = flash_attention_paged if case.paged else flash_attention, {"aligned": aligned, "implementation": implementation}
     return CompileCase(
-        kernel=f"flash_attention.{'decode' if case.T == 1 else 'prefill'}{'.aligned' * aligned}",
+        kernel=f"flash_attention.{kernel}",
         shape=name,
         targets=targets,
         program=functools.partial(op, **how),
@@ -191,7 +198,7 @@ def _compile_cache(name: str, case: CacheCase, implementation: str, targets: tup
         bytes=4 * case.slots * case.K * (case.S * case.G + case.T * case.H),
         flops=4 * case.slots * case.T * case.H * case.S * case.K,
         # A lone slot is as many programs as there are key heads: no sum is split.
-        floor_ratio=None if case.slots == 1 and case.T == 1 else on_gpu if implementation == "pallas_gpu" else None,
+        floor_ratio=None if case.slots == 1 and case.T == 1 else RATIOS[targets[0]].get(kernel),
         instruction=WGMMA if implementation == "pallas_gpu" else None,
         quick=case.T == 1 and case.H == 16 and case.paged and case.slots == 64,
         turns={"flash_forward": blocks},
