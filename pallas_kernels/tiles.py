@@ -198,8 +198,8 @@ CROSS_ENTROPY_GPU_FP32 = MappingProxyType(
 class FlashTpu(NamedTuple):
     """Rows of a tile (positions x query heads of a key head), a program's key heads and tiles of queries at most, key blocks of a step.
 
-    `decode_blocks` where there is one tile. `wide`: those of a step whose softmax takes them in at once, which aligned numerics, where
-    all backends take one block after another, do not allow. `cores` share the programs, `vmem`: bytes of VMEM in all.
+    `decode_blocks` where there is one tile. `wide`: instead of either, those of a step that takes them in at once: in gradients, and in
+    fast numerics; in aligned ones all backends take one block after another. `cores` share the programs, `vmem`: bytes of VMEM in all.
     """
 
     rows: int
@@ -217,15 +217,15 @@ FLASH_TPU = MappingProxyType(
         "v5e": FlashTpu(128, 4, 2, 4, 8, 8, 1, 64 * _MIB),
         "v5p": FlashTpu(128, 4, 2, 4, 8, 8, 2, 64 * _MIB),
         "v6e": FlashTpu(128, 4, 2, 4, 8, 8, 1, 64 * _MIB),
-        "cpu": FlashTpu(32, 2, 2, 2, 3, 2, 1, 64 * _MIB),
+        "cpu": FlashTpu(32, 2, 2, 2, 3, 3, 1, 64 * _MIB),
     }
 )
 FLASH_TPU_BACKWARD = MappingProxyType(
     {
-        "v5e": FlashTpu(128, 4, 8, 4, 4, 1, 1, 64 * _MIB),
-        "v5p": FlashTpu(128, 4, 8, 4, 4, 1, 2, 64 * _MIB),
-        "v6e": FlashTpu(128, 4, 8, 4, 4, 1, 1, 64 * _MIB),
-        "cpu": FlashTpu(32, 2, 3, 2, 1, 1, 1, 64 * _MIB),
+        "v5e": FlashTpu(128, 4, 8, 4, 4, 4, 1, 64 * _MIB),
+        "v5p": FlashTpu(128, 4, 8, 4, 4, 4, 2, 64 * _MIB),
+        "v6e": FlashTpu(128, 4, 8, 4, 4, 4, 1, 64 * _MIB),
+        "cpu": FlashTpu(32, 2, 3, 2, 1, 2, 1, 64 * _MIB),
     }
 )
 

@@ -48,8 +48,8 @@ def _write(cache: SoftmaxCache, k: Float[Array, "B T G K"], v: Float[Array, "B T
     """Return the cache with the call's keys and values at their positions; padding is dropped."""
     row, position = jnp.arange(k.shape[0])[:, None], place.positions
     if place.pages is not None:
-        row = jnp.take_along_axis(place.pages, jnp.maximum(position, 0) // GRID, axis=1, mode="fill", fill_value=cache.key.shape[0])
-        position = position % GRID
+        row = jnp.take_along_axis(place.pages, jnp.maximum(position, 0) // GRID, axis=1, mode="fill", fill_value=-1)
+        row, position = jnp.where(row < 0, cache.key.shape[0], row), position % GRID
     position = jnp.where(place.valid, position, cache.key.shape[1])
     write = lambda old, new: old.at[row, position].set(new.reshape(*new.shape[:2], -1), mode="drop", unique_indices=True)
     return SoftmaxCache(write(cache.key, k), write(cache.value, v))

@@ -41,8 +41,9 @@ class Cache(NamedTuple):
     """Caches of all layers, in the structure of the model's layer pattern, and the tokens each slot has absorbed.
 
     pages: where softmax layers' keys and values are in pages that the slots share, the page of each slot's positions GRID i to
-    GRID (i + 1), all layers alike; on a mesh, of those that the slot's device has. The caller gives a slot its pages before tokens come to
-    their positions; what has none is dropped, and several slots may read one page: documents that begin alike.
+    GRID (i + 1), all layers alike; on a mesh, of those that the slot's device has. A number outside of these is none. The caller gives a
+    slot its pages before tokens come to their positions (what would be written to none is dropped), and takes them back. Several slots may
+    read one page, for documents that begin alike; of linear layers each has a state of its own.
     """
 
     layers: Any
@@ -114,7 +115,10 @@ def softmax_cache(config: ModelConfig, layers: tuple[int, ...], batch: int, size
 
 
 def reset_slots(cache: Cache, slots: jax.Array) -> Cache:
-    """Return the cache with the marked slots [B] empty. Leftover keys and values need no clearing: nothing reads past a slot's length."""
+    """Return the cache with the marked slots [B] empty; they keep their pages.
+
+    Leftover keys and values need no clearing: nothing reads past a slot's length.
+    """
     clear = lambda x: jnp.where(slots.reshape((-1,) + (1,) * 3), 0, x)
     states = lambda layer: jax.tree.map(clear, {"state": layer.state, "copy": layer.copy})
     empty = lambda layer: layer._replace(**states(layer)) if isinstance(layer, LinearCache) else layer

@@ -48,7 +48,7 @@ class _Layout(NamedTuple):
         return self.positions * self.tiles
 
 
-def _layout(q, key_pages, value_pages, choice: tiles.FlashTpu, num_blocks: int, aligned: bool = True) -> _Layout:
+def _layout(q, key_pages, value_pages, choice: tiles.FlashTpu, num_blocks: int, aligned: bool) -> _Layout:
     (batch, num_tokens, heads, key_size), (groups, value_size) = q.shape, value_pages.shape[2:]
     repeat = heads // groups
     positions = max(1, choice.rows // repeat)
@@ -66,8 +66,13 @@ def _layout(q, key_pages, value_pages, choice: tiles.FlashTpu, num_blocks: int, 
 
 def _words() -> tile.Words:
     """Numbers of a row are columns, as wide as the lanes where values are so too."""
-    total = (lambda x: tile.row_sum(x)[..., None]) if interpreted("tpu") else (lambda x: x.sum(-1, keepdims=True))
+    total = _interpreted_total if interpreted("tpu") else (lambda x: x.sum(-1, keepdims=True))
     return tile.Words(largest=lambda x: x.max(-1, keepdims=True), total=total, spread=lambda x, beside: _wide(x, beside.shape[-1]))
+
+
+def _interpreted_total(x: jax.Array) -> jax.Array:
+    """The sum of each row of some key blocks, as a column."""
+    return tile.row_sum(x.reshape(*x.shape[:-1], -1, KEY_BLOCK)).sum(-1, keepdims=True)
 
 
 def _wide(x: jax.Array, width: int) -> jax.Array:
@@ -345,7 +350,7 @@ def _forward(q, key_pages, value_pages, page_table, start, stop, aligned):
 def _backward(q, key_pages, value_pages, start, stop, d_out, log_total, delta):
     choice, (batch, num_tokens, _, key_size), groups = tiles.of(tiles.FLASH_TPU_BACKWARD), q.shape, key_pages.shape[2]
     num_blocks = key_pages.shape[0] // batch
-    layout = _layout(q, key_pages, value_pages, choice, num_blocks)
+    layout = _layout(q, key_pages, value_pages, choice, num_blocks, aligned=False)
     programs, *ranges = _programs(start, stop, layout)
     rows = [_bound_rows(x, layout) for x in (start, stop)]
     numbers = [_head_rows(x, layout, groups) for x in (log_total, delta)]

@@ -45,6 +45,7 @@ def product(a: jax.Array, b: jax.Array, axes: tuple[int, int] = (1, 0), acc: jax
 
 def row_sum(x: jax.Array) -> jax.Array:
     """Return the sum over the last axis, a power of two long, in an order that no compiler chooses."""
+    assert x.shape[-1] & (x.shape[-1] - 1) == 0, x.shape
     while x.shape[-1] > 1:
         half = x.shape[-1] // 2
         x = x[..., :half] + x[..., half:]

@@ -91,55 +91,30 @@ def compile_cases() -> Iterator[CompileCase]:
     yield _compile_experts("mini", 64)
 
 
-class Moves(NamedTuple):
-    """Rows' way back from the experts, values and gradients (`program`), the equations of the ways there and back, and their arguments.
-
-    The way there is a part of the experts' products. The arguments are the tokens, the experts' results, the groups, the slots' weights,
-    the gradients of the gathered rows and of the sums.
-    """
-
-    program: Callable[..., Any]
-    equations: Callable[..., Any]
-    arguments: tuple[Any, ...]
-
-
-def moves_of(width: int, num: int) -> Moves:
-    """Return the moves of so many tokens of a width, by a GPU's kernels."""
-    from pallas_kernels.grouped_matmul.api import combine_groups
-
-    take = functools.partial(jnp.take, axis=0, mode="fill", fill_value=0)
-
-    def program(x, rows, groups, weights, d_gathered, dy):
-        combine = functools.partial(combine_groups, groups=groups, aligned=True, implementation="pallas_gpu")
-        y, pull_back = jax.vjp(lambda rows, weights: combine(rows, weights=weights), rows, weights)
-        return y, pull_back(dy)
-
-    def equations(x, rows, groups, weights, d_gathered, dy):
-        def back(rows, weights):
-            slots = take(rows, groups.destination.reshape(weights.shape))
-            return (slots.astype(jnp.float32) * weights[..., None]).sum(1).astype(rows.dtype)
-
-        gathered, pull_there = jax.vjp(lambda x: take(x, groups.source // ACTIVE), x)
-        y, pull_back = jax.vjp(back, rows, weights)
-        return gathered, pull_there(d_gathered), y, pull_back(dy)
-
-    array = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.bfloat16)
-    assigned, weights = num * ACTIVE, jax.ShapeDtypeStruct((num, ACTIVE), jnp.float32)
-    x, rows = array(num, width), array(allotted_rows(assigned), width)
-    return Moves(program, equations, (x, rows, _groups(assigned), weights, rows, x))
-
-
 def _compile_combine(num: int) -> CompileCase:
     """The way back of so many tokens of the larger model, and its gradient."""
+    from pallas_kernels.grouped_matmul.api import combine_groups
+
     width, assigned = 4096, num * ACTIVE
-    moves = moves_of(width, num)
+    num_rows = allotted_rows(assigned)
+
+    def program(rows, groups, weights, dy):
+        op = functools.partial(combine_groups, groups=groups, aligned=True, implementation="pallas_gpu")
+        y, pull_back = jax.vjp(lambda rows, weights: op(rows, weights=weights), rows, weights)
+        return y, pull_back(dy)
+
     return CompileCase(
         kernel="grouped_matmul.combine",
         shape=f"flash {num}",
         targets=("h200",),
-        program=moves.program,
-        arguments=moves.arguments,
-        bytes=2 * width * (num * (ACTIVE + 1) + num + 2 * allotted_rows(assigned)),
+        program=program,
+        arguments=(
+            jax.ShapeDtypeStruct((num_rows, width), jnp.bfloat16),
+            _groups(assigned),
+            jax.ShapeDtypeStruct((num, ACTIVE), jnp.float32),
+            jax.ShapeDtypeStruct((num, width), jnp.bfloat16),
+        ),
+        bytes=2 * width * (num * (ACTIVE + 1) + num + 2 * num_rows),
         flops=4 * assigned * width,
         floor_ratio=1.05 if num > 64 else None,
     )
@@ -157,26 +132,25 @@ class Experts(NamedTuple):
     arguments: tuple[Any, ...]
 
 
-def experts_of(name: str, num: int) -> Experts:
-    """Return the experts of "mini" or "flash" by a GPU's kernels."""
-    from pallas_kernels.grouped_matmul import pallas_gpu
-    from pallas_kernels.grouped_matmul.api import grouped_mlp
+def experts_of(name: str, num: int, implementation: str) -> Experts:
+    """Return the experts of "mini" or "flash"."""
+    from pallas_kernels.grouped_matmul.api import gather_grouped_matmul, grouped_matmul, grouped_mlp
 
     (D, two_F), (F, _) = COMPILE_SIZES[f"{name} gate_up"], COMPILE_SIZES[f"{name} down"]
     array = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.bfloat16)
-    num_rows = allotted_rows(num * ACTIVE)
+    num_rows, how = allotted_rows(num * ACTIVE), {"row_tile": ROW_TILE, "implementation": implementation}
+
+    def with_gradients(op, arguments, d):
+        out, pull_back = jax.vjp(op, *arguments)
+        return out, pull_back(d)
 
     def program(x, w_in, w_out, groups, hidden, d_gate_up, d_out):
-        op = functools.partial(grouped_mlp, groups=groups, num_slots=ACTIVE, row_tile=ROW_TILE, implementation="pallas_gpu")
-        out, pull_back = jax.vjp(op, x, w_in, w_out)
-        return out, pull_back(d_out)
+        op = lambda x, w_in, w_out: grouped_mlp(x, w_in, w_out, groups, ACTIVE, row_tile=ROW_TILE, implementation=implementation)
+        return with_gradients(op, (x, w_in, w_out), d_out)
 
     def products(x, w_in, w_out, groups, hidden, d_gate_up, d_out):
-        def of(x, w, token, dy):
-            product = lambda x, token, contract: pallas_gpu.product(x, w, groups.tiles, token, contract, ROW_TILE)
-            return product(x, token, 0), product(dy, None, 1), pallas_gpu.weight_gradient(x, dy, groups.tiles, token, ROW_TILE)
-
-        return of(x, w_in, groups.source // ACTIVE, d_gate_up), of(hidden, w_out, None, d_out)
+        first = with_gradients(lambda x, w: gather_grouped_matmul(x, w, groups, ACTIVE, **how), (x, w_in), d_gate_up)
+        return first, with_gradients(lambda x, w: grouped_matmul(x, w, groups.tiles, **how), (hidden, w_out), d_out)
 
     matrices = array(num, D), array(EXPERTS, D, two_F), array(EXPERTS, F, D)
     rows = (array(num_rows, size) for size in (F, two_F, D))
@@ -187,7 +161,7 @@ def _compile_experts(name: str, num: int) -> CompileCase:
     """The experts whole, SwiGLU in the first product; in training with gradients, that of SwiGLU in the second's."""
     from pallas_kernels.grouped_matmul.api import grouped_mlp
 
-    experts, how = experts_of(name, num), {"row_tile": ROW_TILE, "implementation": "pallas_gpu"}
+    experts, how = experts_of(name, num, "pallas_gpu"), {"row_tile": ROW_TILE, "implementation": "pallas_gpu"}
     forward = lambda x, w_in, w_out, groups: grouped_mlp(x, w_in, w_out, groups, ACTIVE, **how)
     (D, two_F), (F, _) = COMPILE_SIZES[f"{name} gate_up"], COMPILE_SIZES[f"{name} down"]
     decode, assigned, matrices = num == 64, num * ACTIVE, EXPERTS * D * (two_F + F)

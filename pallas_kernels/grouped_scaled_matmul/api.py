@@ -108,9 +108,8 @@ def fp8_gather_grouped_matmul(
     if rows.plain is None and rows.carrier is not None:
         raise ValueError("tokens in FP8 whose layer emitted no plain ones cannot be gathered where there is a gradient")
     moves = moves_of(rows.values.shape[0], groups, num_slots)
-    return _differentiable(
-        rows._replace(columns=None), w, groups.tiles, moves, row_tile, out_dtype, power_of_two, returns_fp8, implementation
-    )
+    rows = rows._replace(columns=None)  # of 128 tokens: 128 rows of the groups are others
+    return _differentiable(rows, w, groups.tiles, moves, row_tile, out_dtype, power_of_two, returns_fp8, implementation)
 
 
 def _differentiable(rows: QuantizedRows, w, tiles, moves, row_tile, out_dtype, *how) -> Any:
@@ -128,7 +127,7 @@ def _fp8(x, rows, columns, w, tiles, moves, row_tile, out_dtype, power_of_two, r
 
 
 def _forward(x, rows, columns, w, tiles, moves, *how):
-    carrier = x if moves is None else take_rows(x, *moves)
+    carrier = x if moves is None or x is None else take_rows(x, *moves)
     kept = columns_of(carrier, columns, how[2]), w, tiles, moves, jnp.zeros(0, x.dtype)
     return _fp8(x, rows, columns, w, tiles, moves, *how), kept
 

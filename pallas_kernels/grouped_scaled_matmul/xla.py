@@ -7,7 +7,7 @@ from jax import lax
 from pallas_kernels.compat import dot_operand
 from pallas_kernels.grouped_matmul.xla import for_each_group, take_rows
 from pallas_kernels.scaled_matmul import tile
-from pallas_kernels.scaled_matmul.quantized import GROUP, Quantized, moved
+from pallas_kernels.scaled_matmul.quantized import GROUP, Quantized, moved_rows
 
 
 def _groups(values: jax.Array) -> jax.Array:
@@ -18,7 +18,7 @@ def _groups(values: jax.Array) -> jax.Array:
 
 def gathered(a: Quantized, moves: tuple[jax.Array, jax.Array] | None) -> Quantized:
     """Return the rows of a product: with `moves` (see `grouped_matmul.moves_of`) those of the tokens a."""
-    return a if moves is None else moved(a, lambda x: take_rows(x, *moves))
+    return a if moves is None else moved_rows(a, lambda x: take_rows(x, *moves))
 
 
 def product(a, b, tiles, moves, *, row_tile, out_dtype):

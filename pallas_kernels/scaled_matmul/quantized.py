@@ -77,12 +77,12 @@ class QuantizedRows(NamedTuple):
         """
         if self.plain is None and self.carrier is not None:
             raise ValueError("rows in FP8 whose layer emitted no plain ones cannot be moved where there is a gradient")
-        values, scales = moved(lax.stop_gradient(self.quantized), move)
+        values, scales = moved_rows(lax.stop_gradient(self.quantized), move)
         carrier = None if self.carrier is None else move(self.carrier)
         return QuantizedRows(carrier, values, scales, None, carrier)
 
 
-def moved(x: Quantized, move: Callable[[jax.Array], jax.Array]) -> Quantized:
+def moved_rows(x: Quantized, move: Callable[[jax.Array], jax.Array]) -> Quantized:
     """Return rows after a move of rows, [N, columns] -> [M, columns], whose new rows are zero."""
     values = lax.bitcast_convert_type(move(lax.bitcast_convert_type(x.values, jnp.uint8)), x.values.dtype)
     return Quantized(values, jnp.maximum(move(x.scales.T).T, SMALLEST_SCALE))

@@ -58,6 +58,7 @@ REPORTS = [("fp32", "mixers"), *(pytest.param(*how, marks=pytest.mark.slow) for 
 def test_report(two_layers, monkeypatch, precision, remat):
     monkeypatch.setattr(align, "DECODE_BATCHES", (5,))
     monkeypatch.setattr(align, "PIECES", (100, 28))
+    monkeypatch.setattr(align, "PAGED_PIECES", (100, 1))
     rows = align.report(programs(two_layers, precision, remat), DOCUMENTS, [])
     assert_aligned(rows)
     names = [row.name for row in rows]
@@ -68,6 +69,7 @@ def test_report(two_layers, monkeypatch, precision, remat):
         "prefill",
         "prefill, left-padded",
         "prefill in pieces of 100, 28",
+        "pages, pieces of 100, 1",
         "decode, batch 3",
         "decode, batch 5",
     ]

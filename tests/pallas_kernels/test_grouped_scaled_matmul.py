@@ -127,7 +127,12 @@ def test_tokens_without_plain_rows_have_no_gradient():
     tokens, product = quantize_rows(x)._replace(plain=None), functools.partial(fp8_gather_grouped_matmul, row_tile=ROW_TILE)
     with pytest.raises(ValueError, match="emitted no plain ones cannot be gathered"):
         product(tokens, w, groups, case.A)
-    assert_same_bits(product(tokens._replace(carrier=None), w, groups, case.A, out_dtype=jnp.float32), product(x, w, groups, case.A))
+    with pytest.raises(ValueError, match="emitted no plain ones cannot be moved"):
+        tokens.moved(lambda rows: gather_groups(rows, groups, case.A))
+    tokens = tokens._replace(carrier=None)
+    assert_same_bits(product(tokens, w, groups, case.A, out_dtype=jnp.float32), product(x, w, groups, case.A))
+    with pytest.raises(ValueError, match="has no gradient"):
+        jax.grad(lambda w: product(tokens, w, groups, case.A, out_dtype=jnp.float32).sum())(w)
 
 
 def weight_gradient(x, dy, owner, tiles):

@@ -36,15 +36,18 @@ def documents(tokens) -> list[np.ndarray]:
     return [rng.integers(0, SMALL.vocab_size, length).astype(np.int32) for length in LENGTHS]
 
 
+def is_layer(x) -> bool:
+    return isinstance(x, caches.LinearCache | caches.SoftmaxCache)
+
+
 def in_pages(model, batch) -> caches.Cache:
     """Return an empty cache whose slots have pages from all over a memory that held other things, and none behind CACHE positions."""
     per_slot = CACHE // GRID
     cache = model.init_cache(batch, CACHE + GRID, 2 * batch * per_slot)
     assert (np.asarray(cache.pages) == 2 * batch * per_slot).all()
     table = np.random.default_rng(7).permutation(2 * batch * per_slot)[: batch * per_slot].reshape(batch, per_slot)
-    is_softmax = lambda layer: isinstance(layer, caches.SoftmaxCache)
-    dirty = lambda layer: jax.tree.map(lambda x: x + 3, layer) if is_softmax(layer) else layer
-    layers = jax.tree.map(dirty, cache.layers, is_leaf=lambda x: isinstance(x, caches.SoftmaxCache | caches.LinearCache))
+    dirty = lambda layer: jax.tree.map(lambda x: x + 3, layer) if isinstance(layer, caches.SoftmaxCache) else layer
+    layers = jax.tree.map(dirty, cache.layers, is_leaf=is_layer)
     return cache._replace(layers=layers, pages=cache.pages.at[:, :per_slot].set(table))
 
 
@@ -147,6 +150,30 @@ def test_state_of_a_resting_slot_is_kept(documents):
     again, _ = programs.cached(*first, emptied)
     fresh, _ = programs.cached(*first, programs.model.init_cache(3, CACHE))
     assert same_bits(again[0, :30], fresh[0, :30])
+
+
+@pytest.mark.usefixtures("unoptimised")
+def test_pages_are_shared_and_what_has_none_is_dropped(documents):
+    """Two slots read one page of a beginning that they share; tokens of a slot without pages write nowhere."""
+    programs, beginning = make(SMALL), documents[0][:GRID]
+    tails = [documents[1][:40], documents[2][:40]]
+    whole = programs.hidden(*pad([np.concatenate([beginning, tail]) for tail in tails], 256))
+    cache = in_pages(programs.model, 3)
+    _, cache = programs.cached(*pad([beginning, [], []], GRID), cache)
+    linear = lambda layer: jax.tree.map(lambda x: x.at[:, :, 1].set(x[:, :, 0]), layer) if isinstance(layer, caches.LinearCache) else layer
+    layers = jax.tree.map(linear, cache.layers, is_leaf=is_layer)
+    pages = cache.pages.at[1, 0].set(cache.pages[0, 0]).at[2].set(-1)
+    cache = cache._replace(layers=layers, length=cache.length.at[1].set(GRID), pages=pages)
+    tokens, positions = pad([*tails, tails[0]], 64)
+    positions = np.where((positions >= 0) & (np.arange(3) < 2)[:, None], positions + GRID, positions)
+    hidden, after = programs.cached(tokens, positions, cache)
+    assert same_bits(hidden[:2, :40], whole[:, GRID : GRID + 40])
+    np.testing.assert_array_equal(after.length, [GRID + 40, GRID + 40, 40])
+    softmax = lambda cache: [x for x in jax.tree.leaves(cache.layers, is_leaf=is_layer) if isinstance(x, caches.SoftmaxCache)]
+    own = np.asarray(pages[:2, 1])
+    for before, then in zip(softmax(cache), softmax(after), strict=True):
+        changed = (np.asarray(before.key) != np.asarray(then.key)).any(axis=(0, 1, 3, 4))
+        assert set(np.flatnonzero(changed)) == set(own)
 
 
 @pytest.mark.usefixtures("unoptimised")
