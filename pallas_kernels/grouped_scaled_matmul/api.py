@@ -126,9 +126,9 @@ def _fp8(x, rows, columns, w, tiles, moves, row_tile, out_dtype, power_of_two, r
     return Product.of(y) if returns_fp8 else y
 
 
-def _forward(x: Any, rows, columns, w, tiles, moves, *how):
-    carrier = x if moves is None or x is None else take_rows(x, *moves)
-    kept = columns_of(carrier, columns, how[2]), w, tiles, moves, jnp.zeros(0, x.dtype)
+def _forward(x, rows, columns, w, tiles, moves, *how):
+    move = lambda x: x if moves is None else take_rows(x, *moves)
+    kept = columns_of(x, columns, how[2], move), w, tiles, moves, jnp.zeros(0, x.dtype)
     return _fp8(x, rows, columns, w, tiles, moves, *how), kept
 
 

@@ -172,14 +172,16 @@ def as_values(x: Quantized) -> Quantized:
     return Quantized(lax.bitcast_convert_type(x.values, jnp.float8_e4m3fn), x.scales)
 
 
-def columns_of(carrier: Float[Array, "N K"] | None, columns: Quantized | None, power_of_two: bool) -> Quantized:
-    """Return rows quantised along the rows, as bytes, for the gradient of a weight: of the carrier, if their layer did not.
+def columns_of(
+    carrier: Float[Array, "N K"] | None, columns: Quantized | None, power_of_two: bool, move: Callable[[jax.Array], jax.Array] = lambda x: x
+) -> Quantized:
+    """Return rows quantised along the rows, as bytes, for the gradient of a weight: of the carrier, moved, if their layer did not.
 
     Raises ValueError if they were left without a carrier.
     """
     if carrier is None:
         raise ValueError("a product of rows in FP8 whose layer emitted neither plain rows nor columns has no gradient")
-    return columns or as_bytes(quantize(carrier, transpose=True, power_of_two=power_of_two))
+    return columns or as_bytes(quantize(move(carrier), transpose=True, power_of_two=power_of_two))
 
 
 def gradient_in_fp8(dy: Float[Array, "M N"] | Product, power_of_two: bool) -> tuple[Quantized, Quantized]:
