@@ -33,7 +33,7 @@ DECODE_BATCHES = (1, 64)
 """Batch sizes decoded besides the documents' own."""
 PIECES = (100, 37, 128)
 """Lengths a prompt is cut into, in turn, for chunked prefill."""
-PAGED_PIECES = (9, 1, 1, 37, 1)
+PAGED_PIECES = (15, 1)
 """The same where keys and values are in pages: prefill and decode steps."""
 SIMULATED_DEVICES = 4
 """Devices on a CPU, for the sharded rows."""
