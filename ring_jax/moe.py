@@ -10,14 +10,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels.fused_layers import route
-from pallas_kernels.grouped_matmul import (
-    Groups,
-    combine_groups,
-    group_rows,
-    row_tile_for,
-    scatter_groups,
-    take_rows,
-)
+from pallas_kernels.grouped_matmul import Groups, combine_groups, gather_weights, group_rows, row_tile_for, take_rows
 from pallas_kernels.matmul import matmul
 from pallas_kernels.scaled_matmul import QuantizedRows
 from ring_jax import sharding
@@ -81,7 +74,7 @@ class MoE(nnx.Module):
         num, num_slots = experts.shape
         num_shards = sharding.manual_axes().get("expert", 1)
         if num_shards == 1:
-            return combine_groups(*self._outputs(rows, experts), weights, **self.numerics.ops)
+            return self._sums(rows, experts, weights)
         # Rows travel to the device of their expert and back; each slot's output is computed in one place, so no sum changes order.
         # Every pair of devices exchanges room for all of a device's rows: nothing is dropped, whatever the router does.
         per_shard, capacity = self.config.num_experts // num_shards, num * num_slots
@@ -97,16 +90,18 @@ class MoE(nnx.Module):
         send = lambda x: exchange(take_rows(x, token, destination.reshape(num, num_slots)))
         received = rows.moved(send) if isinstance(rows, QuantizedRows) else send(rows)
         wanted = exchange(jnp.take(flat % per_shard, source, mode="fill", fill_value=per_shard))
-        out = exchange(scatter_groups(*self._outputs(received, wanted[:, None])))
-        returned = Groups(source, destination, tiles=jnp.zeros(0, jnp.int32))  # in no tiles: they are only added up
-        return combine_groups(out, returned, weights, **self.numerics.ops)
+        moved = Groups(source, destination, tiles=jnp.zeros(0, jnp.int32))  # in no tiles: they are only moved and added up
+        out = exchange(self._sums(received, wanted[:, None], exchange(gather_weights(weights, moved))[:, None]))
+        return combine_groups(out, moved, num_slots, implementation=self.numerics.kernels)
 
-    def _outputs(self, rows: Float[Array, "N D"] | QuantizedRows, experts: Int[Array, "N A"]) -> tuple[Float[Array, "rows D"], Groups]:
-        """The outputs of the rows by this device's experts, and where they lie."""
+    def _sums(
+        self, rows: Float[Array, "N D"] | QuantizedRows, experts: Int[Array, "N A"], weights: Float[Array, "N A"]
+    ) -> Float[Array, "N D"]:
+        """The weighted sum of the outputs of each row's experts, which are this device's; E and above is none."""
         gate_up, down = self.gate_up[...], self.down[...]
         row_tile = row_tile_for(experts.size, gate_up.shape[0], aligned=self.numerics.aligned)
         groups = group_rows(experts.reshape(-1), gate_up.shape[0], row_tile)
-        return self.numerics.grouped_mlp(rows, gate_up, down, groups, experts.shape[1], row_tile), groups
+        return self.numerics.grouped_mlp(rows, gate_up, down, groups, weights, row_tile)
 
 
 def balance(bias: Float[Array, "*layers E"], load: Float[Array, "*layers E"], rate: float) -> Float[Array, "*layers E"]:

@@ -11,7 +11,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from pallas_kernels.compat import compiler_options, dot_operand
 from pallas_kernels.fused_layers import swiglu
-from pallas_kernels.grouped_matmul import Groups, grouped_mlp
+from pallas_kernels.grouped_matmul import Groups, combine_groups, gather_weights, grouped_mlp
 from pallas_kernels.grouped_scaled_matmul import fp8_gather_grouped_matmul, fp8_grouped_matmul
 from pallas_kernels.matmul import itself, matmul
 from pallas_kernels.scaled_matmul import QuantizedRows, fp8_matmul
@@ -84,17 +84,18 @@ class Numerics:
         w_in: jax.Array,
         w_out: jax.Array,
         groups: Groups,
-        num_slots: int,
+        weights: jax.Array,
         row_tile: int,
     ) -> jax.Array:
         """Return `grouped_mlp` of tokens x [N, D], in the precision of products."""
         if self.fp8:
-            how = {"row_tile": row_tile, "out_dtype": self.dtype, "implementation": self.kernels}
+            num_slots, how = weights.shape[1], {"row_tile": row_tile, "out_dtype": self.dtype, "implementation": self.kernels}
             y = fp8_gather_grouped_matmul(x, w_in, groups, num_slots, returns_fp8=self.gradients, **how)
-            out: Any = fp8_grouped_matmul(swiglu(y, emit=self.emit(), **self.ops), w_out, groups.tiles, **how)
-            return out
+            hidden = swiglu(y, gather_weights(weights, groups), emit=self.emit(), **self.ops)
+            out: Any = fp8_grouped_matmul(hidden, w_out, groups.tiles, **how)
+            return combine_groups(out, groups, num_slots, implementation=self.kernels)
         assert isinstance(x, jax.Array)
-        return grouped_mlp(x, w_in, w_out, groups, num_slots, row_tile=row_tile, **self.ops)
+        return grouped_mlp(x, w_in, w_out, groups, weights, row_tile=row_tile, **self.ops)
 
 
 def name(x: Any, label: str) -> Any:

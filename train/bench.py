@@ -28,7 +28,7 @@ from jax import lax
 
 from pallas_kernels import fused_layers
 from pallas_kernels.fused_layers import reference
-from pallas_kernels.grouped_matmul import gather_groups
+from pallas_kernels.grouped_matmul import combine_groups, gather_groups, gather_weights
 from pallas_kernels.grouped_matmul import xla as experts
 from ring_jax import checkpoint, flops, layers, linear_attention, moe, numerics
 from ring_jax.config import PRESETS, ModelConfig
@@ -98,11 +98,12 @@ def equations() -> Iterator[None]:
 def experts_by_ragged_dot() -> Any:
     """Trace models whose experts' products are `lax.ragged_dot`, with autodiff's gradients, in place of ours."""
 
-    def mlp(x, w_in, w_out, groups, num_slots, *, row_tile, aligned, implementation):
+    def mlp(x, w_in, w_out, groups, weights, *, row_tile, aligned, implementation):
         del aligned
-        rows, sizes = gather_groups(x, groups, num_slots), groups.tiles * row_tile
-        hidden: Any = experts.swiglu(lax.ragged_dot(rows, w_in, sizes), implementation=implementation)
-        return lax.ragged_dot(hidden, w_out, sizes)
+        num_slots, sizes = weights.shape[1], groups.tiles * row_tile
+        gate_up = lax.ragged_dot(gather_groups(x, groups, num_slots), w_in, sizes)
+        hidden: Any = experts.swiglu(gate_up, gather_weights(weights, groups), implementation=implementation)
+        return combine_groups(lax.ragged_dot(hidden, w_out, sizes), groups, num_slots, implementation=implementation)
 
     return mock.patch.object(numerics, "grouped_mlp", mlp)
 

@@ -5,12 +5,12 @@ from pallas_kernels.grouped_matmul.api import (
     combine_groups,
     gather_grouped_matmul,
     gather_groups,
+    gather_weights,
     group_rows,
     grouped_matmul,
     grouped_mlp,
     moves_of,
     row_tile_for,
-    scatter_groups,
     take_rows,
 )
 
@@ -19,11 +19,11 @@ __all__ = [
     "combine_groups",
     "gather_grouped_matmul",
     "gather_groups",
+    "gather_weights",
     "group_rows",
     "grouped_matmul",
     "grouped_mlp",
     "moves_of",
     "row_tile_for",
-    "scatter_groups",
     "take_rows",
 ]

@@ -1,16 +1,21 @@
-"""The grouped product, the weighted sum of its rows and the moves of rows around them: their implementations behind one signature.
+"""The grouped product, the experts of tokens and the moves of rows around them: their implementations behind one signature.
 
 groups = group_rows(expert_ids.reshape(-1), num_experts, row_tile)                  # where each (token, slot) goes
-rows = gather_grouped_matmul(x, w, groups, num_slots, row_tile=row_tile)            # tokens -> products of rows sorted by expert
-rows = grouped_matmul(rows, w, groups.tiles, row_tile=row_tile)
-rows = grouped_mlp(x, w_in, w_out, groups, num_slots, row_tile=row_tile)            # both, and the SwiGLU between them
-y = combine_groups(rows, groups, weights)                                           # back to the tokens
+y = grouped_mlp(x, w_in, w_out, groups, weights, row_tile=row_tile)                 # tokens -> the weighted sums of their experts
+
+or a step at a time:
+
+rows = gather_grouped_matmul(x, w_in, groups, num_slots, row_tile=row_tile)         # tokens -> products of rows sorted by expert
+rows = swiglu(rows, gather_weights(weights, groups))
+rows = grouped_matmul(rows, w_out, groups.tiles, row_tile=row_tile)
+y = combine_groups(rows, groups, num_slots)                                         # back to the tokens
 """
 
 import functools
 import math
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Shaped
 
@@ -25,17 +30,17 @@ __all__ = [
     "combine_groups",
     "gather_grouped_matmul",
     "gather_groups",
+    "gather_weights",
     "group_rows",
     "grouped_matmul",
     "grouped_mlp",
     "moves_of",
     "row_tile_for",
-    "scatter_groups",
     "take_rows",
 ]
 
 IMPLEMENTATIONS = {"xla": xla.grouped_matmul, "pallas_tpu": pallas_tpu.grouped_matmul, "pallas_gpu": pallas_gpu.grouped_matmul}
-COMBINE_IMPLEMENTATIONS = {"xla": xla.combine_groups, "pallas_tpu": xla.combine_groups, "pallas_gpu": pallas_gpu.combine_groups}
+COMBINE_IMPLEMENTATIONS = {"xla": xla.sum_rows, "pallas_tpu": xla.sum_rows, "pallas_gpu": pallas_gpu.sum_rows}
 """A TPU moves single rows of a tiled array slowly: what gathers rows is XLA's there."""
 
 
@@ -101,9 +106,26 @@ def moves_of(num: int, groups: Groups, num_slots: int) -> tuple[Int[Array, " row
     return token, groups.destination.reshape(num, num_slots)
 
 
-def scatter_groups(rows: Float[Array, "rows F"], groups: Groups) -> Float[Array, "M F"]:
-    """Return the row of each assignment; zeros for an assignment of no group."""
-    return xla.take_rows(rows, groups.destination, groups.source[:, None])
+def gather_weights(weights: Float[Array, "N A"], groups: Groups) -> Float[Array, " rows"]:
+    """Return the weight of each row in its groups' tiles, that of its token's slot; padding rows have weight zero."""
+    return xla.take_rows(weights.reshape(-1), groups.source, groups.destination[:, None])
+
+
+def combine_groups(
+    rows: Float[Array, "rows D"], groups: Groups, num_slots: int, *, implementation: str = "auto"
+) -> Float[Array, "N D"]:
+    """Return each token's rows summed in the order of its slots, in fp32, cast once; an assignment of no group adds nothing.
+
+    With one slot: the row of each assignment. Differentiable in rows, whose gradient is a gather.
+    """
+    token, destination = moves_of(groups.destination.shape[0] // num_slots, groups, num_slots)
+
+    @jax.custom_vjp
+    def run(rows, token, destination):
+        return dispatch.call("combine_groups", COMBINE_IMPLEMENTATIONS, implementation, rows, destination)
+
+    run.defvjp(lambda *given: (run(*given), given[1:]), lambda moves, dy: (xla.take_rows(dy, *moves), None, None))
+    return run(rows, token, destination)
 
 
 def grouped_matmul(
@@ -125,11 +147,19 @@ def gather_grouped_matmul(
     return dispatch.call("grouped_matmul", IMPLEMENTATIONS, implementation, x, w, groups.tiles, moves, row_tile=row_tile)
 
 
-def _chained(x, w_in, w_out, tiles, moves, *, row_tile, aligned):
+def _chained(x, w_in, w_out, groups, weights, *, row_tile, aligned):
     """A TPU's kernel for each product, and one between them, or plain JAX where that refuses the experts' width."""
-    product = functools.partial(pallas_tpu.grouped_matmul, tiles=tiles, row_tile=row_tile)
-    hidden = swiglu(product(x, w_in, moves=moves), aligned=aligned, implementation="pallas")
-    return product(hidden, w_out, moves=None)
+    num_slots = weights.shape[1]
+    product = functools.partial(pallas_tpu.grouped_matmul, tiles=groups.tiles, row_tile=row_tile)
+    gate_up = product(x, w_in, moves=moves_of(x.shape[0], groups, num_slots))
+    hidden = swiglu(gate_up, gather_weights(weights, groups), aligned=aligned, implementation="pallas")
+    return combine_groups(product(hidden, w_out, moves=None), groups, num_slots, implementation="pallas_tpu")
+
+
+def _placed(implementation, x, w_in, w_out, groups, weights, **how):
+    """An implementation that takes the lists of `moves_of` and where each row's assignment is."""
+    moves = moves_of(x.shape[0], groups, weights.shape[1])
+    return implementation(x, w_in, w_out, weights, groups.tiles, (*moves, groups.source), **how)
 
 
 def _fused(*args, aligned, **how):
@@ -138,7 +168,11 @@ def _fused(*args, aligned, **how):
     return pallas_gpu.grouped_mlp(*args, **how)
 
 
-MLP_IMPLEMENTATIONS = {"xla": xla.grouped_mlp, "pallas_tpu": _chained, "pallas_gpu": _fused}
+MLP_IMPLEMENTATIONS = {
+    "xla": functools.partial(_placed, xla.grouped_mlp),
+    "pallas_tpu": _chained,
+    "pallas_gpu": functools.partial(_placed, _fused),
+}
 
 
 def grouped_mlp(
@@ -146,27 +180,17 @@ def grouped_mlp(
     w_in: Float[Array, "E D two_F"],
     w_out: Float[Array, "E F D_out"],
     groups: Groups,
-    num_slots: int,
+    weights: Float[Array, "N A"],
     *,
     row_tile: int,
     aligned: bool = False,
     implementation: str = "auto",
-) -> Float[Array, "rows D_out"]:
-    """Return each row's expert, swiglu(x w_in) w_out with the matrices of its group; x and rows as in `gather_grouped_matmul`.
+) -> Float[Array, "N D_out"]:
+    """Return each token's experts, swiglu(x w_in) w_out, summed by weight in the order of its slots in fp32, cast once.
 
-    Rows past the last tile hold anything. With `aligned` a row's bits do not depend on the others. Differentiable in x and both weights.
+    Assignment n * A + a is slot a of token n, and has weight weights[n, a]; one of no group adds nothing. The weight multiplies the
+    SwiGLU, in fp32 before that is cast: so a gradient wants no expert's result, and a weight's is a sum over the expert's width
+    (arXiv 2512.14080). With `aligned` a token's bits do not depend on the others. Differentiable in x, both matrices and the weights.
     """
-    moves, how = moves_of(x.shape[0], groups, num_slots), {"row_tile": row_tile, "aligned": aligned}
-    return dispatch.call("grouped_mlp", MLP_IMPLEMENTATIONS, implementation, x, w_in, w_out, groups.tiles, moves, **how)
-
-
-def combine_groups(
-    rows: Float[Array, "rows D"], groups: Groups, weights: Float[Array, "N A"], *, aligned: bool = False, implementation: str = "auto"
-) -> Float[Array, "N D"]:
-    """Return each token's rows summed by weight, in the order of its slots, in fp32, cast once.
-
-    Row `groups.destination[n * A + a]` has weight `weights[n, a]`; an assignment of no group adds nothing. With `aligned` products are
-    rounded apart from sums, so a token's bits do not depend on how this is compiled. Differentiable in rows and weights.
-    """
-    arguments = rows, weights, groups.destination.reshape(weights.shape), groups.source
-    return dispatch.call("combine_groups", COMBINE_IMPLEMENTATIONS, implementation, *arguments, aligned=aligned)
+    how = {"row_tile": row_tile, "aligned": aligned}
+    return dispatch.call("grouped_mlp", MLP_IMPLEMENTATIONS, implementation, x, w_in, w_out, groups, weights, **how)

@@ -15,7 +15,7 @@ from jax.typing import DTypeLike
 
 from pallas_kernels.benchmark import Problem, Target, main, native
 from pallas_kernels.compat import platform
-from pallas_kernels.grouped_matmul import gather_grouped_matmul, gather_groups, group_rows, grouped_matmul, row_tile_for, scatter_groups
+from pallas_kernels.grouped_matmul import combine_groups, gather_grouped_matmul, gather_groups, group_rows, grouped_matmul, row_tile_for
 from pallas_kernels.grouped_matmul.api import IMPLEMENTATIONS
 from pallas_kernels.grouped_matmul.cases import BENCH_CASES, BENCH_GPU_CASES, Case, experts, inputs
 
@@ -28,7 +28,7 @@ def op(x, w, experts, aligned: bool, implementation: str):
     """Return each slot's product by way of whole tiles of one expert's rows."""
     how = {"row_tile": row_tile_for(experts.size, w.shape[0], aligned=aligned), "implementation": implementation}
     groups = group_rows(experts.reshape(-1), w.shape[0], how["row_tile"])
-    return scatter_groups(gather_grouped_matmul(x, w, groups, experts.shape[1], **how), groups)
+    return combine_groups(gather_grouped_matmul(x, w, groups, experts.shape[1], **how), groups, 1)
 
 
 def ragged_dot(x, w, experts):

@@ -92,30 +92,18 @@ def compile_cases() -> Iterator[CompileCase]:
 
 
 def _compile_combine(num: int) -> CompileCase:
-    """The way back of so many tokens of the larger model, and its gradient."""
+    """The way back of so many tokens of the larger model; its gradient is a gather, which products of that do as they load."""
     from pallas_kernels.grouped_matmul.api import combine_groups
 
     width, assigned = 4096, num * ACTIVE
-    num_rows = allotted_rows(assigned)
-
-    def program(rows, groups, weights, dy):
-        op = functools.partial(combine_groups, groups=groups, aligned=True, implementation="pallas_gpu")
-        y, pull_back = jax.vjp(lambda rows, weights: op(rows, weights=weights), rows, weights)
-        return y, pull_back(dy)
-
     return CompileCase(
         kernel="grouped_matmul.combine",
         shape=f"flash {num}",
         targets=("h200",),
-        program=program,
-        arguments=(
-            jax.ShapeDtypeStruct((num_rows, width), jnp.bfloat16),
-            _groups(assigned),
-            jax.ShapeDtypeStruct((num, ACTIVE), jnp.float32),
-            jax.ShapeDtypeStruct((num, width), jnp.bfloat16),
-        ),
-        bytes=2 * width * (num * (ACTIVE + 1) + num + 2 * num_rows),
-        flops=4 * assigned * width,
+        program=lambda rows, groups: combine_groups(rows, groups, ACTIVE, implementation="pallas_gpu"),
+        arguments=(jax.ShapeDtypeStruct((allotted_rows(assigned), width), jnp.bfloat16), _groups(assigned)),
+        bytes=2 * width * (assigned + num),
+        flops=assigned * width,
         floor_ratio=1.05 if num > 64 else None,
     )
 
@@ -123,8 +111,8 @@ def _compile_combine(num: int) -> CompileCase:
 class Experts(NamedTuple):
     """The experts of a released model over so many tokens, with gradients: `program`, the products in it alone, and the arguments of both.
 
-    These are x, both matrices, the groups, and for the products alone the hidden rows and the gradient of the first product; then that of
-    the result.
+    These are x, both matrices, the weights, the groups, and for the products alone the hidden rows and the gradient of the first product;
+    then that of the result.
     """
 
     program: Callable[..., Any]
@@ -132,47 +120,51 @@ class Experts(NamedTuple):
     arguments: tuple[Any, ...]
 
 
-def experts_of(name: str, num: int, implementation: str) -> Experts:
-    """Return the experts of "mini" or "flash"."""
-    from pallas_kernels.grouped_matmul.api import gather_grouped_matmul, grouped_matmul, grouped_mlp
+def experts_of(name: str, num: int) -> Experts:
+    """Return the experts of "mini" or "flash" on a GPU."""
+    from pallas_kernels.grouped_matmul import pallas_gpu
+    from pallas_kernels.grouped_matmul.api import grouped_mlp, moves_of
 
     (D, two_F), (F, _) = COMPILE_SIZES[f"{name} gate_up"], COMPILE_SIZES[f"{name} down"]
-    array = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.bfloat16)
-    num_rows, how = allotted_rows(num * ACTIVE), {"row_tile": ROW_TILE, "implementation": implementation}
+    array = lambda *shape, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(shape, dtype)
+    num_rows = allotted_rows(num * ACTIVE)
 
-    def with_gradients(op, arguments, d):
-        out, pull_back = jax.vjp(op, *arguments)
-        return out, pull_back(d)
+    def program(x, w_in, w_out, weights, groups, hidden, d_gate_up, d_out):
+        op = functools.partial(grouped_mlp, row_tile=ROW_TILE, implementation="pallas_gpu")
+        out, pull_back = jax.vjp(lambda x, w_in, w_out, weights: op(x, w_in, w_out, groups, weights), x, w_in, w_out, weights)
+        return out, pull_back(d_out)
 
-    def program(x, w_in, w_out, groups, hidden, d_gate_up, d_out):
-        op = lambda x, w_in, w_out: grouped_mlp(x, w_in, w_out, groups, ACTIVE, row_tile=ROW_TILE, implementation=implementation)
-        return with_gradients(op, (x, w_in, w_out), d_out)
-
-    def products(x, w_in, w_out, groups, hidden, d_gate_up, d_out):
-        first = with_gradients(lambda x, w: gather_grouped_matmul(x, w, groups, ACTIVE, **how), (x, w_in), d_gate_up)
-        return first, with_gradients(lambda x, w: grouped_matmul(x, w, groups.tiles, **how), (hidden, w_out), d_out)
+    def products(x, w_in, w_out, weights, groups, hidden, d_gate_up, d_out):
+        token, _ = moves_of(num, groups, ACTIVE)
+        product, gradient = (
+            functools.partial(f, tiles=groups.tiles, row_tile=ROW_TILE) for f in (pallas_gpu.product, pallas_gpu.weight_gradient)
+        )
+        forward = product(x, w_in, token=token, contract=0), product(hidden, w_out, token=None, contract=0)
+        of_rows = product(d_out, w_out, token=token, contract=1), product(d_gate_up, w_in, token=None, contract=1)
+        return *forward, *of_rows, gradient(x, d_gate_up, tokens=(token, None)), gradient(hidden, d_out, tokens=(None, token))
 
     matrices = array(num, D), array(EXPERTS, D, two_F), array(EXPERTS, F, D)
-    rows = (array(num_rows, size) for size in (F, two_F, D))
-    return Experts(program, products, (*matrices, _groups(num * ACTIVE), *rows))
+    weights, rows = array(num, ACTIVE, dtype=jnp.float32), (array(num_rows, size) for size in (F, two_F))
+    return Experts(program, products, (*matrices, weights, _groups(num * ACTIVE), *rows, array(num, D)))
 
 
 def _compile_experts(name: str, num: int) -> CompileCase:
-    """The experts whole, SwiGLU in the first product; in training with gradients, that of SwiGLU in the second's."""
+    """The experts whole, weighted SwiGLU in the first product; in training with gradients, that of SwiGLU in the second's."""
     from pallas_kernels.grouped_matmul.api import grouped_mlp
 
-    experts, how = experts_of(name, num, "pallas_gpu"), {"row_tile": ROW_TILE, "implementation": "pallas_gpu"}
-    forward = lambda x, w_in, w_out, groups: grouped_mlp(x, w_in, w_out, groups, ACTIVE, **how)
+    experts, how = experts_of(name, num), {"row_tile": ROW_TILE, "implementation": "pallas_gpu"}
+    forward = lambda x, w_in, w_out, weights, groups: grouped_mlp(x, w_in, w_out, groups, weights, **how)
     (D, two_F), (F, _) = COMPILE_SIZES[f"{name} gate_up"], COMPILE_SIZES[f"{name} down"]
     decode, assigned, matrices = num == 64, num * ACTIVE, EXPERTS * D * (two_F + F)
-    # Forward: x, gate_up, hidden written and read, y. Gradient: what is kept, the gradients of both products and of x, read for two each.
-    rows = num * D + assigned * (two_F + 2 * F + D) + (0 if decode else num * D + assigned * (4 * two_F + F + 3 * D))
+    # Forward: x, gate_up, hidden and the results written and read, y. Gradient: what is kept, read for two products each, the gradients of
+    # y (twice) and of gate_up (written and read twice), and rows' ones of x, written and read.
+    rows = 2 * num * D + assigned * (two_F + 2 * F + 2 * D) + (0 if decode else 4 * num * D + assigned * (4 * two_F + F + 2 * D))
     return CompileCase(
         kernel="grouped_matmul.experts",
         shape=f"{name} {num}",
         targets=("h200",),
         program=forward if decode else experts.program,
-        arguments=experts.arguments[:4] if decode else experts.arguments,
+        arguments=experts.arguments[:5] if decode else experts.arguments,
         bytes=2 * (rows + (1 if decode else 3) * matrices),
         flops=2 * (1 if decode else 3) * assigned * D * (two_F + F),
         floor_ratio=1.5 if decode else 2.5,

@@ -79,7 +79,8 @@ def grouped_matmul(product: Callable, weight_gradient: Callable, x, w, tiles, mo
     """See `api.grouped_matmul`; with `moves` (token [rows], destination [N, A]) the rows are those of x [N, D] that `token` names.
 
     product(x, w, tiles, token, contract, row_tile) multiplies rows with their groups' matrices over axis `contract` of those;
-    weight_gradient(x, dy, tiles, token, row_tile) sums over each group's rows.
+    weight_gradient(x, dy, tiles, tokens, row_tile) sums over each group's rows. A product's rows may be named by `token`, or by either of
+    `tokens`.
     """
     dtype = x.dtype
     x, w = _operands(x, w)
@@ -97,38 +98,55 @@ def grouped_matmul(product: Callable, weight_gradient: Callable, x, w, tiles, mo
         x, w, tiles, token, destination = residuals
         dx = product(dy, w, tiles, None, 1, row_tile)
         dx = dx if destination is None else xla.sum_rows(dx, destination)
-        return dx, weight_gradient(x, dy, tiles, token, row_tile), None, None, None
+        return dx, weight_gradient(x, dy, tiles, (token, None), row_tile), None, None, None
 
     run.defvjp(forward, backward)
     return run(x, w, tiles, token, destination).astype(dtype)
 
 
 def grouped_mlp(
-    product: Callable, gated: Callable, gated_gradient: Callable, weight_gradient: Callable, x, w_in, w_out, tiles, moves, *, row_tile
+    product: Callable,
+    gated: Callable,
+    gated_gradient: Callable,
+    weight_gradient: Callable,
+    sum_rows: Callable,
+    x,
+    w_in,
+    w_out,
+    weights,
+    tiles,
+    moves,
+    *,
+    row_tile,
 ):
-    """See `api.grouped_mlp`; `moves`, product and weight_gradient as in `grouped_matmul`.
+    """See `api.grouped_mlp`; product and weight_gradient as in `grouped_matmul`, `moves` as in `xla.grouped_mlp`.
 
-    gated(x, w_in, tiles, token, row_tile) returns the first product and its SwiGLU; gated_gradient(d_out, w_out, tiles, first product,
-    row_tile) the gradient of the former.
+    gated(x, w_in, weight, tiles, token, row_tile) returns the first product and its SwiGLU times each row's weight;
+    gated_gradient(dy, w_out, first product, weight, tiles, token, row_tile) the gradients of the former and of the weight, for the tokens'
+    gradient dy; sum_rows is `xla.sum_rows`.
     """
     dtype = x.dtype
     x, w_in, w_out = _operands(x, w_in, w_out)
-    token, destination = moves
 
     @jax.custom_vjp
-    def run(x, w_in, w_out, tiles, token, destination):
-        return forward(x, w_in, w_out, tiles, token, destination)[0]
+    def run(*given):
+        return forward(*given)[0]
 
-    def forward(x, w_in, w_out, tiles, token, destination):
-        gate_up, hidden = gated(x, w_in, tiles, token, row_tile)
-        return product(hidden, w_out, tiles, None, 0, row_tile), (x, gate_up, hidden, w_in, w_out, tiles, token, destination)
+    def forward(x, w_in, w_out, weights, tiles, token, destination, source):
+        weight = jnp.take(weights.reshape(-1), source, mode="fill", fill_value=0)
+        gate_up, hidden = gated(x, w_in, weight, tiles, token, row_tile)
+        rows = product(hidden, w_out, tiles, None, 0, row_tile).astype(dtype)
+        return sum_rows(rows, destination), (x, gate_up, hidden, w_in, w_out, weight, tiles, token, destination)
 
-    def backward(residuals, d_out):
-        x, gate_up, hidden, w_in, w_out, tiles, token, destination = residuals
-        d_gate_up = gated_gradient(d_out, w_out, tiles, gate_up, row_tile)
-        dx = xla.sum_rows(product(d_gate_up, w_in, tiles, None, 1, row_tile), destination)
-        d_w_in = weight_gradient(x, d_gate_up, tiles, token, row_tile)
-        return dx, d_w_in, weight_gradient(hidden, d_out, tiles, None, row_tile), None, None, None
+    def backward(residuals, dy):
+        x, gate_up, hidden, w_in, w_out, weight, tiles, token, destination = residuals
+        dy = dy.astype(x.dtype)
+        d_gate_up, d_weight = gated_gradient(dy, w_out, gate_up, weight, tiles, token, row_tile)
+        dx = sum_rows(product(d_gate_up, w_in, tiles, None, 1, row_tile), destination)
+        d_w_in = weight_gradient(x, d_gate_up, tiles, (token, None), row_tile)
+        d_w_out = weight_gradient(hidden, dy, tiles, (None, token), row_tile)
+        d_weights = jnp.take(d_weight, destination, mode="fill", fill_value=0).astype(weights.dtype)
+        return dx, d_w_in, d_w_out, d_weights, None, None, None, None
 
     run.defvjp(forward, backward)
-    return run(x, w_in, w_out, tiles, token, destination).astype(dtype)
+    return run(x, w_in, w_out, weights, tiles, *moves)

@@ -49,10 +49,12 @@ def _rows(ref, token_ref, start, end, num_rows: int, columns, num_columns: int):
 
 
 class _Place(NamedTuple):
-    """Where a program's tile lies in a matrix: rows from `row`, columns from `column`, and which of its entries are the program's own."""
+    """Where the tile of the program-th columns lies in a matrix: from `row` and `column` on, and which of its rows and entries are own."""
 
+    program: jax.Array
     row: jax.Array
     column: jax.Array
+    rows: jax.Array
     mask: jax.Array
 
     def _of(self, ref, behind: int):
@@ -62,6 +64,10 @@ class _Place(NamedTuple):
     def load(self, ref, behind: int = 0) -> jax.Array:
         return triton.load(self._of(ref, behind), mask=self.mask, other=0)
 
+    def load_weights(self, ref) -> jax.Array:
+        """Each row's entry of a vector [R, 1]."""
+        return triton.load(ref.at[pl.ds(self.row, self.rows.size)], mask=self.rows, other=0)[:, None]
+
     def store(self, ref, y: jax.Array, behind: int = 0) -> None:
         triton.store(self._of(ref, behind), y.astype(ref.dtype), mask=self.mask)
 
@@ -70,21 +76,26 @@ def _store(place: _Place, out_ref, y) -> None:
     place.store(out_ref, y)
 
 
-def _store_gated(place: _Place, y_ref, hidden_ref, *gate_up) -> None:
-    """The product gate | up, which the gradient wants, and the SwiGLU of its rounded numbers."""
+def _store_gated(place: _Place, weight_ref, y_ref, hidden_ref, *gate_up) -> None:
+    """The product gate | up, which the gradient wants, and the SwiGLU of its rounded numbers, times the rows' weights."""
     gate, up = (y.astype(y_ref.dtype) for y in gate_up)
     place.store(y_ref, gate)
     place.store(y_ref, up, hidden_ref.shape[1])
-    place.store(hidden_ref, swiglu(gate, up)[0])
+    place.store(hidden_ref, swiglu(gate, up, place.load_weights(weight_ref))[0])
 
 
-def _store_gated_gradient(place: _Place, y_ref, d_ref, *gradients) -> None:
-    """The gradient of gate | up of the hidden rows' gradient."""
-    half = d_ref.shape[1] // 2
+def _store_gated_gradient(place: _Place, y_ref, weight_ref, d_ref, d_weight_ref, *gradients) -> None:
+    """The gradient of gate | up for the hidden rows' gradient, and this program's part of the weights'."""
+    half, weight = d_ref.shape[1] // 2, place.load_weights(weight_ref)
+    of_weight = jnp.zeros(place.rows.shape, jnp.float32)
     for block, d in enumerate(gradients):
         behind = block * (half // len(gradients))
-        for first, part in zip((0, half), swiglu_gradient(place.load(y_ref, behind), place.load(y_ref, half + behind), d), strict=True):
-            place.store(d_ref, part, first + behind)
+        gate_up = [place.load(y_ref, first + behind) for first in (0, half)]
+        found = swiglu_gradient(*gate_up, weight * d)
+        of_weight += (swiglu(*gate_up)[0] * d).sum(1)  # computed once more, and before the stores: else it spills
+        for first, d_own in zip((0, half), found, strict=True):
+            place.store(d_ref, d_own, first + behind)
+    triton.store(d_weight_ref.at[place.program, pl.ds(place.row, place.rows.size)], of_weight, mask=place.rows)
 
 
 def _product_kernel(group_ref, start_ref, end_ref, *refs, contract, size, gathered, blocks, finish):
@@ -93,7 +104,8 @@ def _product_kernel(group_ref, start_ref, end_ref, *refs, contract, size, gather
     num_groups, terms, num_columns = w_ref.shape[0], w_ref.shape[1 + contract], w_ref.shape[2 - contract] // blocks
     visit, width = pl.program_id(1), size.columns // blocks
     group, start, end = group_ref[visit], start_ref[visit], end_ref[visit]
-    column = pl.program_id(0) * width
+    program = pl.program_id(0)
+    column = program * width
 
     def matrix(depth, block):
         columns = pl.ds(block * num_columns + column, width)
@@ -114,10 +126,11 @@ def _product_kernel(group_ref, start_ref, end_ref, *refs, contract, size, gather
         return [tile.product(x, matrix(depth, block), contract, total, _dot) for block, total in enumerate(totals)]
 
     def store(totals):
-        inside = (start + jnp.arange(size.rows) < end)[:, None]
+        rows = start + jnp.arange(size.rows) < end
+        inside = rows[:, None]
         if num_columns % width:
             inside &= (column + jnp.arange(width) < num_columns)[None]
-        finish(_Place(start, column, jnp.broadcast_to(inside, (size.rows, width))), *refs, *totals)
+        finish(_Place(program, start, column, rows, jnp.broadcast_to(inside, (size.rows, width))), *refs, *totals)
 
     zeros = [jnp.zeros((size.rows, width), jnp.float32)] * blocks
 
@@ -130,20 +143,23 @@ def _product_kernel(group_ref, start_ref, end_ref, *refs, contract, size, gather
         store(zeros)
 
 
-def _products(name, finish, x, w, tiles, token, contract, row_tile, widths, *, blocks=1, others=()):
+def _products(name, finish, x, w, tiles, token, contract, row_tile, widths, *, blocks=1, others=(), per_program=False):
     """Each row times its group's matrix, contracting axis `contract` of that, as `finish` leaves it.
 
-    A tile depends on neither rows nor groups. widths: columns of each result; others: rows that `finish` reads.
+    A tile depends on neither rows nor groups. widths: columns of each result; others: what `finish` reads; per_program: a number for each
+    row, too, from each of the programs of its columns [programs, rows].
     """
     num_rows = x.shape[0] if token is None else token.shape[0]
     terms, num_columns = w.shape[1 + contract], w.shape[2 - contract]
     size = tables.of(tables.GROUPED_GPU if x.dtype == jnp.bfloat16 else tables.GROUPED_GPU_FP32)
     group, start, end = pallas.cuts(tiles, num_rows, row_tile, size.rows)
+    programs = pl.cdiv(num_columns, size.columns)
     outs = [jax.ShapeDtypeStruct((num_rows, width), x.dtype) for width in widths]
+    outs += [jax.ShapeDtypeStruct((programs, num_rows), jnp.float32)] * per_program
     return pl.pallas_call(
         functools.partial(_product_kernel, contract=contract, size=size, gathered=token is not None, blocks=blocks, finish=finish),
         name=f"grouped_matmul_{name}",
-        grid=(pl.cdiv(num_columns, size.columns), group.shape[0]),
+        grid=(programs, group.shape[0]),
         out_shape=outs,
         compiler_params=triton.CompilerParams(num_warps=size.warps, num_stages=size.stages),
         cost_estimate=_cost((x, w, *others, *outs), num_rows * terms * num_columns),
@@ -157,21 +173,23 @@ def product(x, w, tiles, token, contract, row_tile):
     return _products(name, _store, x, w, tiles, token, contract, row_tile, (w.shape[2 - contract],))[0]
 
 
-def gated(x, w, tiles, token, row_tile):
-    """Return each row times its group's matrix, gate | up [rows, 2 F], and the SwiGLU of that [rows, F]."""
-    return _products("gated", _store_gated, x, w, tiles, token, 0, row_tile, (w.shape[2], w.shape[2] // 2), blocks=2)
+def gated(x, w, weight, tiles, token, row_tile):
+    """Return each row times its group's matrix, gate | up [rows, 2 F], and the SwiGLU of that [rows, F] by the rows' weights [rows]."""
+    how = {"blocks": 2, "others": (weight,)}
+    return _products("gated", _store_gated, x, w, tiles, token, 0, row_tile, (w.shape[2], w.shape[2] // 2), **how)
 
 
-def gated_gradient(d_out, w, tiles, gate_up, row_tile):
-    """Return the gradient of gate | up [rows, 2 F] for that of the second product of each row's group, hidden [rows, F] times w [F, D]."""
+def gated_gradient(dy, w, gate_up, weight, tiles, token, row_tile):
+    """Return the gradients of gate | up [rows, 2 F] and the weights [rows] for that of the tokens' sums of hidden [rows, F] times w [F, D]."""
     # Each block is stored before the next one's gate and up are read: more columns at once do not fit in registers.
-    how = {"blocks": math.gcd(4, w.shape[1]), "others": (gate_up,)}
-    return _products("gated_gradient", _store_gated_gradient, d_out, w, tiles, None, 1, row_tile, (2 * w.shape[1],), **how)[0]
+    how = {"blocks": math.gcd(4, w.shape[1]), "others": (gate_up, weight), "per_program": True}
+    d, parts = _products("gated_gradient", _store_gated_gradient, dy, w, tiles, token, 1, row_tile, (2 * w.shape[1],), **how)
+    return d, parts.sum(0)
 
 
-def _gradient_kernel(first_ref, last_ref, *refs, size):
-    *token_ref, x_ref, dy_ref, out_ref = refs
-    token_ref = token_ref[0] if token_ref else None
+def _gradient_kernel(first_ref, last_ref, *refs, size, named):
+    *token_refs, x_ref, dy_ref, out_ref = refs
+    x_token, dy_token = (token_refs.pop(0) if there else None for there in named)
     terms, num_columns = out_ref.shape[1:]
     group = pl.program_id(2)
     first, last = first_ref[group], last_ref[group]
@@ -179,8 +197,8 @@ def _gradient_kernel(first_ref, last_ref, *refs, size):
 
     def add_part(part, total):
         start = first + part * size.depth
-        x = _rows(x_ref, token_ref, start, last, size.depth, depth, terms)
-        dy = _rows(dy_ref, None, start, last, size.depth, columns, num_columns)
+        x = _rows(x_ref, x_token, start, last, size.depth, depth, terms)
+        dy = _rows(dy_ref, dy_token, start, last, size.depth, columns, num_columns)
         return tile.weight_gradient(x, dy, total, _dot)
 
     parts = lax.div(last - first + size.depth - 1, jnp.int32(size.depth))
@@ -189,29 +207,25 @@ def _gradient_kernel(first_ref, last_ref, *refs, size):
     triton.store(out_ref.at[group, depth, columns], total.astype(out_ref.dtype), mask=inside)
 
 
-def weight_gradient(x, dy, tiles, token, row_tile):
-    """Return the sum of x^T dy over each group's rows [E, D, F], zeros for a group without rows."""
-    num_rows, num_columns = dy.shape
-    terms, num_groups = x.shape[1], tiles.shape[0]
+def weight_gradient(x, dy, tiles, tokens, row_tile):
+    """Return the sum of x^T dy over each group's rows [E, D, F], zeros for a group without rows; `tokens` name rows of x and of dy."""
+    num_rows = next(len(rows) for rows in (*tokens, x) if rows is not None)
+    terms, num_columns, num_groups = x.shape[1], dy.shape[1], tiles.shape[0]
     size = tables.of(tables.GROUPED_GPU_GRADIENT if x.dtype == jnp.bfloat16 else tables.GROUPED_GPU_FP32)
     out = jax.ShapeDtypeStruct((num_groups, terms, num_columns), x.dtype)
     return pl.pallas_call(
-        functools.partial(_gradient_kernel, size=size),
+        functools.partial(_gradient_kernel, size=size, named=[token is not None for token in tokens]),
         name="grouped_matmul_dw",
         grid=(pl.cdiv(num_columns, size.columns), pl.cdiv(terms, size.rows), num_groups),
         out_shape=out,
         compiler_params=triton.CompilerParams(num_warps=size.warps, num_stages=size.stages),
         cost_estimate=_cost((x, dy, out), num_rows * terms * num_columns),
         interpret=interpreted("gpu"),
-    )(*(x[:-1] for x in pallas.ranges(tiles, num_rows, row_tile)), *([] if token is None else [token]), x, dy)
+    )(*(x[:-1] for x in pallas.ranges(tiles, num_rows, row_tile)), *(token for token in tokens if token is not None), x, dy)
 
 
 def _cost(arrays, products: int) -> pl.CostEstimate:
     return pl.CostEstimate(flops=2 * products, bytes_accessed=sum(x.size * x.dtype.itemsize for x in arrays), transcendentals=0)
-
-
-grouped_matmul = functools.partial(pallas.grouped_matmul, product, weight_gradient)
-grouped_mlp = functools.partial(pallas.grouped_mlp, product, gated, gated_gradient, weight_gradient)
 
 
 def _gathered(ref, index, num_columns: int, part, mask):
@@ -223,86 +237,40 @@ def _gathered(ref, index, num_columns: int, part, mask):
     return ref.at[at], inside
 
 
-def _combine_kernel(destination_ref, weights_ref, rows_ref, out_ref, *, size, aligned):
+def _sum_kernel(index_ref, rows_ref, out_ref, *, size):
     """A tile of tokens, some of their columns."""
-    num_tokens, num_slots = weights_ref.shape
+    num_tokens, num_slots = index_ref.shape
     token = pl.program_id(1) * size.rows + jnp.arange(size.rows)
     here, part = token < num_tokens, pl.program_id(0)
 
     def slot(a):
-        index = jnp.full(size.rows, a)
-        row = triton.load(destination_ref.at[token, index], mask=here, other=rows_ref.shape[0])
-        weight = triton.load(weights_ref.at[token, index], mask=here, other=0)
+        row = triton.load(index_ref.at[token, jnp.full(size.rows, a)], mask=here, other=rows_ref.shape[0])
         place, inside = _gathered(rows_ref, row, size.columns, part, here)
-        return triton.load(place, mask=inside, other=0), weight[:, None]
+        return triton.load(place, mask=inside, other=0)
 
-    slots = [slot(a) for a in range(num_slots)]
-    y = tile.combine([rows for rows, _ in slots], [weight for _, weight in slots], aligned)
+    y = tile.combine([slot(a) for a in range(num_slots)])
     place, inside = _gathered(out_ref, token, size.columns, part, here)
     triton.store(place, y.astype(out_ref.dtype), mask=inside)
 
 
-def _combine_gradient_kernel(token_ref, weight_ref, dy_ref, rows_ref, d_rows_ref, d_weight_ref, *, size, aligned):
-    """A tile of rows: each has the gradient of one token, and one weight."""
-    row = pl.program_id(0) * size.rows + jnp.arange(size.rows)
-    here = row < rows_ref.shape[0]
-    token = triton.load(token_ref.at[row], mask=here, other=dy_ref.shape[0])
-    weight = triton.load(weight_ref.at[row], mask=here, other=0)[:, None]
+def sum_rows(rows, index):
+    """See `xla.sum_rows`: each row is read once, and no token's rows are written beside each other."""
+    (num_tokens, num_slots), num_columns = index.shape, rows.shape[1]
+    size, out = tables.of(tables.COMBINE_GPU), jax.ShapeDtypeStruct((num_tokens, num_columns), rows.dtype)
+    return pl.pallas_call(
+        functools.partial(_sum_kernel, size=size),
+        name="combine_groups",
+        grid=(pl.cdiv(num_columns, size.columns), pl.cdiv(num_tokens, size.rows)),
+        out_shape=out,
+        compiler_params=triton.CompilerParams(num_warps=size.warps, num_stages=1),
+        cost_estimate=pl.CostEstimate(
+            flops=num_tokens * num_slots * num_columns,
+            bytes_accessed=num_tokens * (num_slots + 1) * num_columns * rows.dtype.itemsize,
+            transcendentals=0,
+        ),
+        interpret=interpreted("gpu"),
+    )(index, rows)
 
-    def columns(part, total):
-        dy_place, dy_inside = _gathered(dy_ref, token, size.columns, part, here)
-        dy = triton.load(dy_place, mask=dy_inside, other=0).astype(jnp.float32)
-        place, inside = _gathered(rows_ref, row, size.columns, part, here)
-        y = triton.load(place, mask=inside, other=0).astype(jnp.float32)
-        place, inside = _gathered(d_rows_ref, row, size.columns, part, here)
-        triton.store(place, tile.weighted(dy, weight, aligned).astype(d_rows_ref.dtype), mask=inside)
-        return total + (dy * y).sum(1)
 
-    total = lax.fori_loop(0, pl.cdiv(rows_ref.shape[1], size.columns), columns, jnp.zeros(size.rows, jnp.float32))
-    triton.store(d_weight_ref.at[row], total, mask=here)
-
-
-def combine_groups(rows, weights, destination, source, *, aligned):
-    """See `api.combine_groups`: each row is read once, and no token's rows are written beside each other."""
-    (num_tokens, num_slots), (num_rows, num_columns) = weights.shape, rows.shape
-    size = tables.of(tables.COMBINE_GPU)
-    params = triton.CompilerParams(num_warps=size.warps, num_stages=1)
-
-    @jax.custom_vjp
-    def run(rows, weights, destination, source):
-        del source
-        out = jax.ShapeDtypeStruct((num_tokens, num_columns), rows.dtype)
-        return pl.pallas_call(
-            functools.partial(_combine_kernel, size=size, aligned=aligned),
-            name="combine_groups",
-            grid=(pl.cdiv(num_columns, size.columns), pl.cdiv(num_tokens, size.rows)),
-            out_shape=out,
-            compiler_params=params,
-            cost_estimate=pl.CostEstimate(
-                flops=2 * num_tokens * num_slots * num_columns,
-                bytes_accessed=num_tokens * (num_slots + 1) * num_columns * rows.dtype.itemsize,
-                transcendentals=0,
-            ),
-            interpret=interpreted("gpu"),
-        )(destination, weights, rows)
-
-    def forward(rows, weights, destination, source):
-        return run(rows, weights, destination, source), (rows, weights, destination, source)
-
-    def backward(residuals, dy):
-        rows, weights, destination, source = residuals
-        weight = jnp.take(weights.reshape(-1), source, mode="fill", fill_value=0)
-        outs = [jax.ShapeDtypeStruct(rows.shape, rows.dtype), jax.ShapeDtypeStruct((num_rows,), jnp.float32)]
-        d_rows, d_weight = pl.pallas_call(
-            functools.partial(_combine_gradient_kernel, size=size, aligned=aligned),
-            name="combine_groups_gradient",
-            grid=(pl.cdiv(num_rows, size.rows),),
-            out_shape=outs,
-            compiler_params=params,
-            cost_estimate=_cost((dy, rows, *outs), 3 * rows.size // 2),
-            interpret=interpreted("gpu"),
-        )(source // num_slots, weight, dy, rows)
-        return d_rows, jnp.take(d_weight, destination, mode="fill", fill_value=0).astype(weights.dtype), None, None
-
-    run.defvjp(forward, backward)
-    return run(rows, weights, destination, source)
+grouped_matmul = functools.partial(pallas.grouped_matmul, product, weight_gradient)
+grouped_mlp = functools.partial(pallas.grouped_mlp, product, gated, gated_gradient, weight_gradient, sum_rows)

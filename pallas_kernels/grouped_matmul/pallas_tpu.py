@@ -112,9 +112,9 @@ def _gradient_kernel(*refs):
         out_ref[0] = total_ref[...].astype(out_ref.dtype)
 
 
-def weight_gradient(x, dy, tiles, token, row_tile):
+def weight_gradient(x, dy, tiles, tokens, row_tile):
     """Return the sum of x^T dy over each group's rows [E, D, F], zeros for a group without rows."""
-    del token
+    del tokens
     (num_rows, terms), num_columns = x.shape, dy.shape[1]
     size = tables.of(tables.GROUPED_TPU)
     height, width = divided(terms, size.gradient), divided(num_columns, size.gradient)

@@ -1,4 +1,4 @@
-"""The products of one tile of rows of one group, and one tile of the weighted sum over a token's slots."""
+"""The products of one tile of rows of one group, and the sum over a token's slots."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.compat import apart, dot_general
+from pallas_kernels.compat import dot_general
 
 
 def dot(a: jax.Array, b: jax.Array, axes: tuple[int, int], acc: jax.Array | None = None) -> jax.Array:
@@ -25,15 +25,6 @@ def weight_gradient(x: jax.Array, dy: jax.Array, acc: jax.Array | None = None, d
     return dot(x, dy, (0, 0), acc)
 
 
-def weighted(rows: jax.Array, weights: jax.Array, aligned: bool = True) -> jax.Array:
-    """Return weights times rows in fp32; aligned, products that no compiler contracts with a sum into a multiply-add.
-
-    Each is rounded once, so no two programs can differ and no tiles are needed.
-    """
-    y = weights * rows.astype(jnp.float32)
-    return apart(y) if aligned else y
-
-
-def combine(slots: Sequence[jax.Array], weights: Sequence[jax.Array], aligned: bool = True) -> jax.Array:
-    """Return the sum of a token's slots [.., D] by their weights [.., 1] in fp32, in the order of the slots."""
-    return functools.reduce(jnp.add, [weighted(rows, weight, aligned) for rows, weight in zip(slots, weights, strict=True)])
+def combine(slots: Sequence[jax.Array]) -> jax.Array:
+    """Return the sum of a token's slots in fp32, in their order: no product is in it that a compiler could contract with a sum."""
+    return functools.reduce(jnp.add, [rows.astype(jnp.float32) for rows in slots])

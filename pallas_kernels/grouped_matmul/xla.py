@@ -89,20 +89,23 @@ def grouped_matmul(x, w, tiles, moves, *, row_tile):
     return _grouped(x, w, tiles, row_tile)
 
 
-def grouped_mlp(x, w_in, w_out, tiles, moves, *, row_tile, aligned):
-    """See `api.grouped_mlp`: both products of a tile and the SwiGLU between them in one turn; `moves` as in `grouped_matmul`."""
+def grouped_mlp(x, w_in, w_out, weights, tiles, moves, *, row_tile, aligned):
+    """See `api.grouped_mlp`: both products of a tile and the SwiGLU between them in one turn.
+
+    moves: (token [rows], destination [N, A], source [rows]) as of `api.moves_of` and `api.Groups`.
+    """
     dtype = x.dtype
     # Where the load is high a tile is a quarter of it, which keeps padding low, but products of few rows are slow.
     high_load = not aligned and row_tile > tables.of(tables.GROUPED_ROWS).low_load
     for_each_tile = functools.partial(_for_each_tile, row_tile=row_tile, together=4 if high_load else 1)
 
-    def gated(y: jax.Array) -> Any:
-        return swiglu(y, implementation="xla")
+    def gated(y: jax.Array, weight: jax.Array) -> Any:
+        return swiglu(y, weight, implementation="xla")
 
-    def tile_of(x, token, at, rows):
-        return jnp.take(x, _rows(token, at, rows), axis=0, mode="fill", fill_value=0)
+    def tile_of(x, index, at, rows):
+        return jnp.take(x, _rows(index, at, rows), axis=0, mode="fill", fill_value=0)
 
-    def products(x, w_in, w_out, tiles, token, keep):
+    def products(x, w_in, w_out, weights, tiles, token, source, keep):
         """The tiles' results and, to keep for the gradient, their first products."""
         x = dot_operand(x)
 
@@ -110,9 +113,10 @@ def grouped_mlp(x, w_in, w_out, tiles, moves, *, row_tile, aligned):
             matrices = _own(w_in, index), _own(w_out, index)
 
             def one(at, rows, carry):
-                tokens, (own_in, own_out) = pin((tile_of(x, token, at, rows), matrices), aligned)
+                given = tile_of(x, token, at, rows), tile_of(weights.reshape(-1), source, at, rows), matrices
+                tokens, weight, (own_in, own_out) = pin(given, aligned)
                 y = pin(tile.product(tokens, own_in).astype(dtype), aligned)
-                hidden = pin(gated(y), aligned)
+                hidden = pin(gated(y, weight), aligned)
                 out = pin(tile.product(hidden, own_out).astype(dtype), aligned)
                 return tuple(_put(into, part, at) for into, part in zip(carry, (out, y), strict=False))
 
@@ -123,40 +127,42 @@ def grouped_mlp(x, w_in, w_out, tiles, moves, *, row_tile, aligned):
         return [part.astype(dtype) for part in found]
 
     @jax.custom_vjp
-    def run(x, w_in, w_out, tiles, token, destination):
-        return products(x, w_in, w_out, tiles, token, keep=False)[0]
+    def run(x, w_in, w_out, weights, tiles, token, destination, source):
+        return sum_rows(products(x, w_in, w_out, weights, tiles, token, source, keep=False)[0], destination)
 
-    def forward(x, w_in, w_out, tiles, token, destination):
-        out, y = products(x, w_in, w_out, tiles, token, keep=True)
-        return out, (x, y, w_in, w_out, tiles, token, destination)
+    def forward(x, w_in, w_out, weights, tiles, token, destination, source):
+        out, y = products(x, w_in, w_out, weights, tiles, token, source, keep=True)
+        return sum_rows(out, destination), (x, y, w_in, w_out, weights, tiles, token, destination, source)
 
     def backward(residuals, d_out):
-        x, y, w_in, w_out, tiles, token, destination = residuals
-        d_out = d_out.astype(dtype)
+        x, y, w_in, w_out, weights, tiles, token, destination, source = residuals
+        d_out = dot_operand(d_out.astype(dtype))
 
         def group(index, first, end, carry):
             own_in, own_out = _own(w_in, index), _own(w_out, index)
 
             def one(at, rows, carry):
-                dx, dw_in, dw_out = carry
-                d_tile = _rows(d_out, at, rows)
-                hidden, pull_back = jax.vjp(gated, _rows(y, at, rows))
-                (dy,) = pull_back(tile.product(d_tile, own_out, 1).astype(dtype))
-                dx = _put(dx, tile.product(dy, own_in, 1).astype(dtype), at)
-                return dx, tile.weight_gradient(tile_of(x, token, at, rows), dy, dw_in), tile.weight_gradient(hidden, d_tile, dw_out)
+                dx, d_weight, dw_in, dw_out = carry
+                d_tile = tile_of(d_out, token, at, rows)
+                hidden, pull_back = jax.vjp(gated, _rows(y, at, rows), tile_of(weights.reshape(-1), source, at, rows))
+                dy, d_own = pull_back(tile.product(d_tile, own_out, 1).astype(dtype))
+                dx, d_weight = _put(dx, tile.product(dy, own_in, 1).astype(dtype), at), _put(d_weight, d_own, at)
+                return dx, d_weight, tile.weight_gradient(tile_of(x, token, at, rows), dy, dw_in), tile.weight_gradient(hidden, d_tile, dw_out)
 
-            dx, *gradients = carry
+            *by_row, dw_in_all, dw_out_all = carry
             zeros = (jnp.zeros(w.shape[1:], jnp.float32) for w in (w_in, w_out))
-            dx, *totals = for_each_tile(first, end, body=one, carry=(dx, *zeros))
+            *by_row, dw_in, dw_out = for_each_tile(first, end, body=one, carry=(*by_row, *zeros))
             put = lambda dw, total: lax.dynamic_update_index_in_dim(dw, total.astype(dw.dtype), index, 0)
-            return dx, *map(put, gradients, totals)
+            return *by_row, put(dw_in_all, dw_in), put(dw_out_all, dw_out)
 
-        init = unwritten((token.shape[0], x.shape[1]), dtype, x), jnp.zeros_like(w_in), jnp.zeros_like(w_out)
-        dx, dw_in, dw_out = for_each_group(tiles, group, init)
-        return sum_rows(dx.astype(dtype), destination), dw_in, dw_out, None, None, None
+        num_rows = token.shape[0]
+        by_row = unwritten((num_rows, x.shape[1]), dtype, x), jnp.zeros(num_rows, weights.dtype)
+        dx, d_weight, dw_in, dw_out = for_each_group(tiles, group, (*by_row, jnp.zeros_like(w_in), jnp.zeros_like(w_out)))
+        d_weights = jnp.take(d_weight, destination, mode="fill", fill_value=0)
+        return sum_rows(dx.astype(dtype), destination), dw_in, dw_out, d_weights, None, None, None, None
 
     run.defvjp(forward, backward)
-    return run(x, w_in, w_out, tiles, *moves)
+    return run(x, w_in, w_out, weights, tiles, *moves)
 
 
 @jax.custom_vjp
@@ -177,35 +183,9 @@ take_rows.defvjp(_take_forward, _take_backward)
 
 
 def sum_rows(rows: jax.Array, index: jax.Array) -> jax.Array:
-    """Return the fp32 sum over a of rows[index[:, a]], cast once: a gather as well, no scatter-add, whose order would not be fixed."""
-    return functools.reduce(jnp.add, [part.astype(jnp.float32) for part in _slots(rows, index)]).astype(rows.dtype)
+    """Return the sum over a of rows[index[:, a]] as `tile.combine` has it, cast once, nothing for an index out of range.
 
-
-def _slots(rows: jax.Array, index: jax.Array) -> list[jax.Array]:
-    """The rows [N, D] of each slot of index [N, A], zeros where it is out of range."""
-    return [jnp.take(rows, index[:, a], axis=0, mode="fill", fill_value=0) for a in range(index.shape[1])]
-
-
-def combine_groups(rows, weights, destination, source, *, aligned):
-    """See `api.combine_groups`."""
-    num_slots = weights.shape[1]
-
-    @jax.custom_vjp
-    def run(rows, weights, destination, source):
-        slots = _slots(rows, destination)
-        return tile.combine(slots, [weights[:, a, None] for a in range(num_slots)], aligned).astype(rows.dtype)
-
-    def forward(rows, weights, destination, source):
-        return run(rows, weights, destination, source), (rows, weights, destination, source)
-
-    def backward(residuals, dy):
-        rows, weights, destination, source = residuals
-        token = source // num_slots  # out of range for padding
-        weight = jnp.take(weights.reshape(-1), source, mode="fill", fill_value=0)[:, None]
-        d_rows = tile.weighted(jnp.take(dy, token, axis=0, mode="fill", fill_value=0), weight, aligned).astype(rows.dtype)
-        wide = dy.astype(jnp.float32)
-        d_weights = jnp.stack([(wide * slot.astype(jnp.float32)).sum(-1) for slot in _slots(rows, destination)], axis=1)
-        return d_rows, d_weights.astype(weights.dtype), None, None
-
-    run.defvjp(forward, backward)
-    return run(rows, weights, destination, source)
+    A gather as well, no scatter-add, whose order would not be fixed.
+    """
+    slots = [jnp.take(rows, index[:, a], axis=0, mode="fill", fill_value=0) for a in range(index.shape[1])]
+    return tile.combine(slots).astype(rows.dtype)

@@ -18,12 +18,12 @@ from pallas_kernels.grouped_matmul import (
     combine_groups,
     gather_grouped_matmul,
     gather_groups,
+    gather_weights,
     group_rows,
     grouped_matmul,
     grouped_mlp,
     reference,
     row_tile_for,
-    scatter_groups,
 )
 from pallas_kernels.grouped_matmul.api import IMPLEMENTATIONS
 from pallas_kernels.grouped_matmul.cases import TEST_CASES, Case, inputs
@@ -41,20 +41,20 @@ every_implementation_and_dtype = pytest.mark.parametrize(
 RELEASED = {"released": Case(300, 8, 2048, 1024, 32), "released_skewed": Case(300, 8, 512, 2048, 32, "skewed")}
 
 
-def ffn(x, w, weights, experts, *, implementation, aligned=True):
-    """Return each slot's product [N * A, F] by way of the groups' tiles, and each token's weighted sum, gathered in the product."""
+def ffn(x, w, experts, *, implementation, aligned=True):
+    """Return each slot's product [N * A, F] by way of the groups' tiles, and each token's sum of them, gathered in the product."""
     num_slots, num_experts = experts.shape[1], w.shape[0]
     how = {"row_tile": row_tile_for(experts.size, num_experts, aligned=aligned), "implementation": implementation}
     groups = group_rows(experts.reshape(-1), num_experts, how["row_tile"])
-    slots = scatter_groups(grouped_matmul(gather_groups(x, groups, num_slots), w, groups.tiles, **how), groups)
-    rows = gather_grouped_matmul(x, w, groups, num_slots, **how)
-    return slots, combine_groups(rows, groups, weights, aligned=aligned, implementation=implementation)
+    combine = functools.partial(combine_groups, groups=groups, implementation=implementation)
+    slots = combine(grouped_matmul(gather_groups(x, groups, num_slots), w, groups.tiles, **how), num_slots=1)
+    return slots, combine(gather_grouped_matmul(x, w, groups, num_slots, **how), num_slots=num_slots)
 
 
-def directly(x, w, weights, experts):
+def directly(x, w, experts):
     """Return the same from the reference."""
     slots = reference.grouped_matmul(jnp.repeat(x, experts.shape[1], 0), w, experts.reshape(-1))
-    return slots, reference.combine(slots.reshape(*experts.shape, -1), weights)
+    return slots, slots.reshape(*experts.shape, -1).sum(1)
 
 
 @functools.cache
@@ -72,11 +72,10 @@ def truth(arguments, experts, cotangents):
 
 
 def arguments_of(case, dtype, seed=0):
-    """Return (x, w, weights), the experts and cotangents of the results."""
-    x, w, experts = inputs(case, dtype, seed)
-    arguments = x, w, jnp.asarray(np.random.default_rng(seed).random(experts.shape), jnp.float32)
+    """Return (x, w), the experts and cotangents of the results."""
+    *arguments, experts = inputs(case, dtype, seed)
     results = [jax.ShapeDtypeStruct((num, case.F), dtype) for num in (case.N * case.A, case.N)]
-    return arguments, experts, random_like(tuple(results))
+    return tuple(arguments), experts, random_like(tuple(results))
 
 
 SLOW = {
@@ -99,25 +98,22 @@ def test_value_and_gradients(name, dtype, implementation):
     """Of an interpreted kernel, too: what it does not write, or reads from behind an array, is NaN there."""
     case, dtype = (TEST_CASES | RELEASED)[name], DTYPES[dtype]
     run = program(implementation.removesuffix(" fast"), aligned=implementation != "xla fast")
-    (x, w, weights), experts, cotangents = arguments_of(case, dtype)
+    arguments, experts, cotangents = arguments_of(case, dtype)
     halves = [cotangents]
-    if dtype == jnp.bfloat16:  # what is rounded on the way costs as much as at the end: one path at a time, powers of two as weights
-        weights = jnp.exp2(jnp.floor(jnp.log2(weights)))
+    if dtype == jnp.bfloat16:  # what is rounded on the way costs as much as at the end: one path at a time
         halves = [tuple(c * (i == half) for i, c in enumerate(cotangents)) for half in range(2)]
-    arguments = x, w, weights
     for half in halves:
         out, gradients = run(arguments, experts, half)
         assert out[0].dtype == out[1].dtype == dtype
         (slots, y), expected = in_float64(truth, arguments, experts, half)
         if dtype == jnp.bfloat16:
-            y = in_float64(reference.combine, out[0].reshape(*experts.shape, -1), weights)
+            y = in_float64(lambda slots: slots.sum(1), out[0].reshape(*experts.shape, -1))
             gradients = jax.tree.map(lambda g: g.astype(dtype), gradients)
         assert_close((out, gradients), ((slots, y), expected), dtype)
     unused = np.setdiff1d(np.arange(case.E), experts)
     assert not np.asarray(gradients[1])[unused].any()
     nowhere = np.asarray(experts) >= case.E
     assert not np.asarray(out[0])[nowhere.reshape(-1)].any()
-    assert not np.asarray(gradients[2])[nowhere].any()
 
 
 def test_row_tiles_follow_the_load_unless_aligned():
@@ -132,27 +128,27 @@ def test_row_tiles_follow_the_load_unless_aligned():
 @pytest.mark.parametrize(("implementation", "dtype"), modes_and_dtypes(IMPLEMENTATIONS))
 def test_rows_do_not_depend_on_their_neighbours(dtype, implementation):
     """The same rows with the same experts: alone, in part, and under every routing of the others."""
-    (x, w, weights), experts, _ = arguments_of(Case(90, 3, 48, 40, 8), DTYPES[dtype])
+    (x, w), experts, _ = arguments_of(Case(90, 3, 48, 40, 8), DTYPES[dtype])
     run = program(implementation, gradients=False)
-    by_token = lambda x, weights, experts: [part.reshape(len(x), -1) for part in run(x, w, weights, experts)]
-    everything = by_token(x, weights, experts)
+    by_token = lambda x, experts: [part.reshape(len(x), -1) for part in run(x, w, experts)]
+    everything = by_token(x, experts)
     for num in (1, 17):
-        assert_same_bits(by_token(x[-num:], weights[-num:], experts[-num:]), [part[-num:] for part in everything])
+        assert_same_bits(by_token(x[-num:], experts[-num:]), [part[-num:] for part in everything])
     for others in (0, 7, 8):  # the others all to the first expert, to the last, to none
-        routed = by_token(x, weights, experts.at[10:].set(others))
+        routed = by_token(x, experts.at[10:].set(others))
         assert_same_bits([part[:10] for part in routed], [part[:10] for part in everything])
     order = np.random.default_rng(1).permutation(90)
-    assert_same_bits(by_token(x[order], weights[order], experts[order]), [part[order] for part in everything])
+    assert_same_bits(by_token(x[order], experts[order]), [part[order] for part in everything])
 
 
 @every_implementation_and_dtype
 def test_finite_garbage_in_padding_rows_changes_nothing(implementation, dtype):
-    (x, w, _), experts, _ = arguments_of(TEST_CASES["skewed"], DTYPES[dtype])
+    (x, w), experts, _ = arguments_of(TEST_CASES["skewed"], DTYPES[dtype])
     groups = group_rows(experts.reshape(-1), 8, 16)
     rows = gather_groups(x, groups, experts.shape[1])
     padding = (groups.source == experts.size)[:, None]
     product = jit_of(implementation)(functools.partial(grouped_matmul, row_tile=16, implementation=implementation))
-    clean, dirty = (scatter_groups(product(r, w, groups.tiles), groups) for r in (rows, jnp.where(padding, 1e3, rows)))
+    clean, dirty = (combine_groups(product(r, w, groups.tiles), groups, 1) for r in (rows, jnp.where(padding, 1e3, rows)))
     assert_same_bits(dirty, clean)
     beyond = int(groups.tiles.sum()) * 16
     assert not product(rows, w, groups.tiles)[beyond:].any()
@@ -168,26 +164,26 @@ def test_the_forward_has_the_same_bits_under_a_gradient(implementation, dtype):
 
 @every_implementation
 def test_gathered_rows_and_combined_slots_have_the_bits_of_the_moves(implementation):
-    """The fused gather has the bits of the plain one, and the weighted sum rounds every product and every sum, in order."""
-    (x, w, weights), experts, _ = arguments_of(Case(90, 3, 48, 40, 8, "some"), jnp.float32)
-    slots, y = program(implementation, gradients=False)(x, w, weights, experts)
-    first, *others = (np.asarray(weights)[:, a, None] * np.asarray(slots).reshape(90, 3, -1)[:, a] for a in range(3))
+    """The fused gather has the bits of the plain one, and the sum rounds every sum, in order."""
+    (x, w), experts, _ = arguments_of(Case(90, 3, 48, 40, 8, "some"), jnp.float32)
+    slots, y = program(implementation, gradients=False)(x, w, experts)
+    first, *others = (np.asarray(slots).reshape(90, 3, -1)[:, a] for a in range(3))
     assert_same_bits(y, functools.reduce(np.add, others, first))
 
 
-def experts_of(x, w_in, w_out, experts, *, implementation, aligned=True):
-    """Return each slot's output of its expert [N * A, D]."""
+def experts_of(x, w_in, w_out, weights, experts, *, implementation, aligned=True):
+    """Return each token's weighted sum of its experts [N, D]."""
     row_tile = row_tile_for(experts.size, w_in.shape[0], aligned=aligned)
     groups = group_rows(experts.reshape(-1), w_in.shape[0], row_tile)
     how = {"row_tile": row_tile, "aligned": aligned, "implementation": implementation}
-    return scatter_groups(grouped_mlp(x, w_in, w_out, groups, experts.shape[1], **how), groups)
+    return grouped_mlp(x, w_in, w_out, groups, weights, **how)
 
 
-def directly_of(x, w_in, w_out, experts):
-    """Return the same from the references."""
+def directly_of(x, w_in, w_out, weights, experts):
+    """Return the same from the references: the weights multiply what the experts return."""
     flat = experts.reshape(-1)
     hidden = layers.swiglu(reference.grouped_matmul(jnp.repeat(x, experts.shape[1], 0), w_in, flat))
-    return reference.grouped_matmul(hidden, w_out, flat)
+    return reference.combine(reference.grouped_matmul(hidden, w_out, flat).reshape(*experts.shape, -1), weights)
 
 
 def mlp_truth(arguments, experts, cotangent):
@@ -195,11 +191,13 @@ def mlp_truth(arguments, experts, cotangent):
 
 
 def mlp_arguments_of(case, dtype):
-    """Return (x, w_in, w_out), the experts and a cotangent."""
+    """Return (x, w_in, w_out, weights), the experts and a cotangent."""
     x, w_in, experts = inputs(case, dtype)
-    w_out = jnp.asarray(np.random.default_rng(2).standard_normal((case.E, case.F // 2, case.D)) * (case.F / 2) ** -0.5, dtype)
-    (cotangent,) = random_like((jax.ShapeDtypeStruct((case.N * case.A, case.D), dtype),))
-    return (x, w_in, w_out), experts, cotangent
+    rng = np.random.default_rng(2)
+    w_out = jnp.asarray(rng.standard_normal((case.E, case.F // 2, case.D)) * (case.F / 2) ** -0.5, dtype)
+    weights = jnp.asarray(rng.random((case.N, case.A)), jnp.float32)
+    (cotangent,) = random_like((jax.ShapeDtypeStruct((case.N, case.D), dtype),))
+    return (x, w_in, w_out, weights), experts, cotangent
 
 
 MLP_CASES = TEST_CASES | {
@@ -230,7 +228,9 @@ def test_both_products_of_an_expert(implementation, name):
     run = program(implementation.removesuffix(" fast"), aligned=implementation != "xla fast", op=experts_of)
     out, gradients = run(arguments, experts, cotangent)
     assert_close((out, gradients), in_float64(mlp_truth, arguments, experts, cotangent), jnp.float32)
-    assert not np.asarray(out)[np.asarray(experts).reshape(-1) >= case.E].any()
+    nowhere = np.asarray(experts) >= case.E
+    assert not np.asarray(gradients[3])[nowhere].any()
+    assert not np.asarray(out)[nowhere.all(1)].any()
 
 
 def take_a_tpus_tiles(monkeypatch, **sizes):
@@ -278,12 +278,12 @@ def test_both_products_have_the_bits_of_each(dtype):
     """In one loop or in two with a layer between them."""
     arguments, experts, _ = mlp_arguments_of(Case(90, 3, 48, 40, 8, "skewed"), DTYPES[dtype])
 
-    def apart(x, w_in, w_out, experts):
+    def apart(x, w_in, w_out, weights, experts):
         how = {"row_tile": row_tile_for(experts.size, 8, aligned=True), "implementation": "xla"}
         groups = group_rows(experts.reshape(-1), 8, how["row_tile"])
         y = gather_grouped_matmul(x, w_in, groups, experts.shape[1], **how)
-        hidden = swiglu(y, aligned=True, implementation="xla")
-        return scatter_groups(grouped_matmul(hidden, w_out, groups.tiles, **how), groups)
+        hidden = swiglu(y, gather_weights(weights, groups), aligned=True, implementation="xla")
+        return combine_groups(grouped_matmul(hidden, w_out, groups.tiles, **how), groups, experts.shape[1])
 
     assert_same_bits(jit_of("xla")(apart)(*arguments, experts), program("xla", gradients=False, op=experts_of)(*arguments, experts))
 
@@ -294,13 +294,13 @@ def test_both_products_have_the_bits_of_each(dtype):
 )
 def test_an_expert_has_the_same_bits_under_a_gradient_and_alone(implementation, dtype):
     arguments, experts, cotangent = mlp_arguments_of(Case(90, 3, 48, 40, 8, "skewed"), DTYPES[dtype])
-    x, *matrices = arguments
+    x, *matrices, weights = arguments
     run = program(implementation, gradients=False, op=experts_of)
     everything = run(*arguments, experts)
     assert everything.dtype == DTYPES[dtype]
     assert_same_bits(program(implementation, op=experts_of)(arguments, experts, cotangent)[0], everything)
     for num in (1, 17):
-        assert_same_bits(run(x[-num:], *matrices, experts[-num:]), everything[-num * experts.shape[1] :])
+        assert_same_bits(run(x[-num:], *matrices, weights[-num:], experts[-num:]), everything[-num:])
 
 
 @pytest.mark.parametrize("implementation", KERNELS)
@@ -310,10 +310,10 @@ def test_any_routing(data, seed, implementation):
     """Small whole numbers: every sum is exact, whatever its order, so not one row may be missing, or counted for two experts."""
     experts = np.array(data.draw(st.lists(st.integers(0, 5), min_size=44, max_size=44)), np.int32).reshape(22, 2)
     rng = np.random.default_rng(seed)
-    x, w, weights = (rng.integers(-3, 4, shape).astype(np.float32) for shape in ((22, 40), (5, 40, 24), (22, 2)))
+    x, w = (rng.integers(-3, 4, shape).astype(np.float32) for shape in ((22, 40), (5, 40, 24)))
     cotangents = tuple(rng.integers(-2, 3, shape).astype(np.float32) for shape in ((44, 24), (22, 24)))
-    actual = program(implementation)((x, w, weights), experts, cotangents)
-    for one, other in zip(jax.tree.leaves(actual), jax.tree.leaves(exact((x, w, weights), experts, cotangents)), strict=True):
+    actual = program(implementation)((x, w), experts, cotangents)
+    for one, other in zip(jax.tree.leaves(actual), jax.tree.leaves(exact((x, w), experts, cotangents)), strict=True):
         np.testing.assert_array_equal(one, other)
 
 
