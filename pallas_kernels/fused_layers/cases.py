@@ -11,7 +11,7 @@ from jax.typing import DTypeLike
 
 from pallas_kernels.aot.case import CompileCase
 from pallas_kernels.fused_layers import api, reference
-from pallas_kernels.grouped_matmul import combine_groups, gather_groups, gather_weights, moves_of
+from pallas_kernels.grouped_matmul import gather_groups, gather_weights, moves_of
 from pallas_kernels.grouped_matmul.cases import ACTIVE, allotted_rows, experts_of
 from pallas_kernels.scaled_matmul import Product, QuantizedRows, quantize
 
@@ -120,7 +120,7 @@ def model_cases(name: str, num: int) -> dict[str, Case]:
         "residual_rms_norm": residual_rms_norm(num, D),
         "gated_group_norm": gated_group_norm(num, H * K, 4),
         "swiglu": swiglu(num, dense),
-        "swiglu expert": swiglu(num * A, F),
+        "swiglu expert": swiglu(num * A, F, weighted=True),
         "qk_norm_rope": qk_norm_rope(num, H, G, K, 32),
         "qk_norm_rope linear": qk_norm_rope(num, H, H, K, 32),
         "route": route(num, E, A, 8, 4),
@@ -133,7 +133,7 @@ def between_products(name: str, num: int, mixer: str) -> list[Case]:
     The last two are the SwiGLU of the routed experts (`ROUTED`), of rows as `group_rows` allots them, and of the shared one.
     """
     of, F = model_cases(name, num), {"mini": 512, "flash": 1024}[name]
-    routed, shared = swiglu(allotted_rows(num * ACTIVE), F), swiglu(num, F)
+    routed, shared = swiglu(allotted_rows(num * ACTIVE), F, weighted=True), swiglu(num, F)
     mixed = [of["qk_norm_rope linear"], of["gated_group_norm"]] if mixer == "linear" else [of["qk_norm_rope"]]
     return [of["residual_rms_norm"], *mixed, of["residual_rms_norm"], of["route"], routed, shared]
 
@@ -211,7 +211,7 @@ def in_fp8(layers: list[Case], dtype: DTypeLike, implementation: str | None) -> 
 
 
 class AroundExperts(NamedTuple):
-    """What the experts of a layer read and write besides their matrices: tokens, rows in their groups' tiles, and the gradients of these."""
+    """What a layer's experts read and write: tokens, rows in their groups' tiles, the gradients of these, and the matrices."""
 
     x: Any
     weights: Any
@@ -233,7 +233,7 @@ class AroundExperts(NamedTuple):
         return cls(x, weights, groups, gate_up, hidden, wide, wide, gate_up, hidden, x, (w_in, w_out))
 
     def as_equations(self) -> Any:
-        """What is outside of the experts' products, values and gradients: rows gathered, SwiGLU, their weighted sums; all moves are gathers."""
+        """What is outside of the products, values and gradients: rows gathered, SwiGLU, their weighted sums; all moves are gathers."""
         gather = lambda x: gather_groups(x, self.groups, ACTIVE)
         routed = swiglu(*self.hidden.shape)
         combined = lambda rows, weights: _weighted_sums(rows, weights, self.groups)
@@ -241,16 +241,6 @@ class AroundExperts(NamedTuple):
             _with_gradients(gather, (self.x,), self.d_gathered),
             _with_gradients(lambda y: equations_of(routed, y.dtype)(y, None), (self.gate_up,), self.d_hidden),
             _with_gradients(combined, (self.rows, self.weights), self.d_y),
-        )
-
-    def on_tpu(self) -> Any:
-        """The same around a TPU's kernels, SwiGLU with the weights in it."""
-        gather = lambda x: gather_groups(x, self.groups, ACTIVE)
-        gated = lambda y, weights: api.swiglu(y, gather_weights(weights, self.groups), implementation="pallas_tpu")
-        return (
-            _with_gradients(gather, (self.x,), self.d_gathered),
-            _with_gradients(gated, (self.gate_up, self.weights), self.d_hidden),
-            _with_gradients(lambda rows: combine_groups(rows, self.groups, ACTIVE), (self.rows,), self.d_y),
         )
 
     @property
@@ -287,22 +277,28 @@ _weighted_sums.defvjp(lambda *given: (_weighted_sums(*given), given), _weighted_
 
 
 def trained_layer(model: str, mixer: str, target: str, num: int) -> dict[str, Any]:
-    """Return a `CompileCase`'s programs of what stands between the products of a layer, values and gradients, and their arguments.
+    """Return a `CompileCase`'s programs of what stands between the products of a layer, values and gradients, their arguments and bytes.
 
-    The experts' part is `AroundExperts`, for a GPU with its products, which are `products` alone, too.
+    On a GPU with `AroundExperts`: there much of it is done by the experts' products, which are `products` alone, too. On a TPU with the
+    experts' SwiGLU of it; moves of rows are the compiler's with and without kernels.
     """
-    layers = between_products(model, num, mixer)
-    del layers[ROUTED]
-    how = {"implementation": "pallas_gpu" if target == "h200" else "pallas_tpu"}
-    own, given = trained([(case.function(jnp.bfloat16, **how), case) for case in layers], jnp.bfloat16)
+    layers, how = between_products(model, num, mixer), {"implementation": "pallas_gpu" if target == "h200" else "pallas_tpu"}
+    if target == "h200":
+        del layers[ROUTED]
+    own, arguments = trained([(case.function(jnp.bfloat16, **how), case) for case in layers], jnp.bfloat16)
     plain, _ = trained([(equations_of(case, jnp.bfloat16), case) for case in layers], jnp.bfloat16)
-    experts = experts_of(model, num)
-    around = (lambda given: experts.program(*given.on_gpu)) if target == "h200" else AroundExperts.on_tpu
+    size = sum(moved_bytes(case, jnp.bfloat16, backward) for case in layers for backward in (False, True))
+    if target != "h200":
+        return {"program": own, "unfused": lambda *given: plain(*given), "arguments": arguments, "bytes": size}
+    experts, around = experts_of(model, num), AroundExperts.of(model, num)
+    # The sums of rows: of the experts' results, and of the gradients of what was gathered.
+    sums = 2 * sum(x.size * x.dtype.itemsize for x in (around.rows, around.x))
     return {
-        "program": lambda arguments, cotangents, given: (own(arguments, cotangents), around(given)),
+        "program": lambda arguments, cotangents, given: (own(arguments, cotangents), experts.program(*given.on_gpu)),
         "unfused": lambda arguments, cotangents, given: (plain(arguments, cotangents), given.as_equations()),
-        "products": (lambda arguments, cotangents, given: experts.products(*given.on_gpu)) if target == "h200" else None,
-        "arguments": (*given, AroundExperts.of(model, num)),
+        "products": lambda arguments, cotangents, given: experts.products(*given.on_gpu),
+        "arguments": (*arguments, around),
+        "bytes": size + sums,
     }
 
 
@@ -458,15 +454,10 @@ def compile_cases() -> Iterator[CompileCase]:
         ("flash", "softmax", ("v6e", "h200")),
     ):
         for target in targets:
-            layers = between_products(model, 8192, mixer)
-            rows, width = allotted_rows(8192 * ACTIVE), layers[0].shapes[0][1][1]
             yield CompileCase(
                 kernel="fused_layers.layer.trained",
                 shape=f"{model} {mixer} 8192",
                 targets=(target,),
-                # Of the moves the sums of rows: of the results, and of the gradients of what was gathered.
-                bytes=sum(moved_bytes(case, jnp.bfloat16, backward) for case in layers for backward in (False, True))
-                + 2 * 2 * (rows + 8192) * width,
                 flops=0,
                 fewer_bytes=1 / 1.5,
                 **trained_layer(model, mixer, target, 8192),

@@ -111,9 +111,7 @@ def gather_weights(weights: Float[Array, "N A"], groups: Groups) -> Float[Array,
     return xla.take_rows(weights.reshape(-1), groups.source, groups.destination[:, None])
 
 
-def combine_groups(
-    rows: Float[Array, "rows D"], groups: Groups, num_slots: int, *, implementation: str = "auto"
-) -> Float[Array, "N D"]:
+def combine_groups(rows: Float[Array, "rows D"], groups: Groups, num_slots: int, *, implementation: str = "auto") -> Float[Array, "N D"]:
     """Return each token's rows summed in the order of its slots, in fp32, cast once; an assignment of no group adds nothing.
 
     With one slot: the row of each assignment. Differentiable in rows, whose gradient is a gather.

@@ -180,7 +180,7 @@ def gated(x, w, weight, tiles, token, row_tile):
 
 
 def gated_gradient(dy, w, gate_up, weight, tiles, token, row_tile):
-    """Return the gradients of gate | up [rows, 2 F] and the weights [rows] for that of the tokens' sums of hidden [rows, F] times w [F, D]."""
+    """Return the gradients of gate | up [rows, 2 F] and of the weights [rows] for dy, that of the tokens' sums of hidden [rows, F] w."""
     # Each block is stored before the next one's gate and up are read: more columns at once do not fit in registers.
     how = {"blocks": math.gcd(4, w.shape[1]), "others": (gate_up, weight), "per_program": True}
     d, parts = _products("gated_gradient", _store_gated_gradient, dy, w, tiles, token, 1, row_tile, (2 * w.shape[1],), **how)

@@ -147,7 +147,12 @@ def grouped_mlp(x, w_in, w_out, weights, tiles, moves, *, row_tile, aligned):
                 hidden, pull_back = jax.vjp(gated, _rows(y, at, rows), tile_of(weights.reshape(-1), source, at, rows))
                 dy, d_own = pull_back(tile.product(d_tile, own_out, 1).astype(dtype))
                 dx, d_weight = _put(dx, tile.product(dy, own_in, 1).astype(dtype), at), _put(d_weight, d_own, at)
-                return dx, d_weight, tile.weight_gradient(tile_of(x, token, at, rows), dy, dw_in), tile.weight_gradient(hidden, d_tile, dw_out)
+                return (
+                    dx,
+                    d_weight,
+                    tile.weight_gradient(tile_of(x, token, at, rows), dy, dw_in),
+                    tile.weight_gradient(hidden, d_tile, dw_out),
+                )
 
             *by_row, dw_in_all, dw_out_all = carry
             zeros = (jnp.zeros(w.shape[1:], jnp.float32) for w in (w_in, w_out))
