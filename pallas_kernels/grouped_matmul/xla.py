@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels import tiles as tables
-from pallas_kernels.compat import dot_operand, pin, unwritten
+from pallas_kernels.compat import dot_operand, pin, platform, unwritten
 from pallas_kernels.fused_layers import swiglu
 from pallas_kernels.grouped_matmul import tile
 
@@ -172,7 +172,9 @@ def grouped_mlp(x, w_in, w_out, weights, tiles, moves, *, row_tile, aligned):
 
 @jax.custom_vjp
 def take_rows(x: jax.Array, index: jax.Array, inverse: jax.Array) -> jax.Array:
-    """Return x[index] with zeros where index is out of range; inverse [N, A] lists where each row of x went (for the gradient)."""
+    """Return x[index] with zeros where index is past the end; inverse [N, A] lists where each row of x went (for the gradient)."""
+    if platform() == "tpu":  # there to fill is a pass over the result, which is longer than x
+        return jnp.take(jnp.pad(x, [(0, 1)] + [(0, 0)] * (x.ndim - 1)), index, axis=0, mode="clip")
     return jnp.take(x, index, axis=0, mode="fill", fill_value=0)
 
 
