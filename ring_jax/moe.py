@@ -10,7 +10,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels.fused_layers import route
-from pallas_kernels.grouped_matmul import Groups, combine_groups, gather_weights, group_rows, row_tile_for, take_rows
+from pallas_kernels.grouped_matmul import Groups, combine_groups, group_rows, row_tile_for, take_rows
 from pallas_kernels.matmul import matmul
 from pallas_kernels.scaled_matmul import QuantizedRows
 from ring_jax import sharding
@@ -71,28 +71,25 @@ class MoE(nnx.Module):
         self, rows: Float[Array, "N D"] | QuantizedRows, experts: Int[Array, "N A"], weights: Float[Array, "N A"]
     ) -> Float[Array, "N D"]:
         """Return the weighted sum of the outputs of each row's experts, wherever the experts live; zeros for padding."""
-        num, num_slots = experts.shape
         num_shards = sharding.manual_axes().get("expert", 1)
         if num_shards == 1:
             return self._sums(rows, experts, weights)
-        # Rows travel to the device of their expert and back; each slot's output is computed in one place, so no sum changes order.
-        # Every pair of devices exchanges room for all of a device's rows: nothing is dropped, whatever the router does.
-        per_shard, capacity = self.config.num_experts // num_shards, num * num_slots
-        flat = experts.reshape(-1)
-        shard = jnp.minimum(flat // per_shard, num_shards)
-        order = jnp.argsort(shard, stable=True)
-        rank = jnp.arange(capacity) - jnp.searchsorted(shard[order], shard[order], side="left")
-        row = jnp.where(shard[order] == num_shards, num_shards * capacity, shard[order] * capacity + rank).astype(jnp.int32)
-        destination = jnp.zeros(capacity, jnp.int32).at[order].set(row)
-        source = jnp.full(num_shards * capacity, capacity, jnp.int32).at[row].set(order.astype(jnp.int32), mode="drop")
-        exchange = lambda x: lax.all_to_all(x, "expert", split_axis=0, concat_axis=0, tiled=True)
-        token = jnp.where(source < capacity, source // num_slots, num)
-        send = lambda x: exchange(take_rows(x, token, destination.reshape(num, num_slots)))
-        received = rows.moved(send) if isinstance(rows, QuantizedRows) else send(rows)
-        wanted = exchange(jnp.take(flat % per_shard, source, mode="fill", fill_value=per_shard))
-        moved = Groups(source, destination, tiles=jnp.zeros(0, jnp.int32))  # in no tiles: they are only moved and added up
-        out = exchange(self._sums(received, wanted[:, None], exchange(gather_weights(weights, moved))[:, None]))
-        return combine_groups(out, moved, num_slots, implementation=self.numerics.kernels)
+        # Each device computes its experts for the tokens of all devices of the axis, and they add up what they get back: of one size,
+        # whatever the router does, and a token travels once to a device, however many of its experts are there.
+        move = lambda to: rows.moved(to) if isinstance(rows, QuantizedRows) else to(rows)
+        num_slots, per_shard = experts.shape[1], self.config.num_experts // num_shards
+        everywhere = functools.partial(sharding.gather_rows, axis="expert")
+        rows, weights = move(everywhere), everywhere(weights)
+        experts = everywhere(experts) - lax.axis_index("expert") * per_shard
+        experts = jnp.where((experts >= 0) & (experts < per_shard), experts, per_shard)
+        if not self.numerics.aligned:
+            return sharding.sum_rows(self._sums(rows, experts, weights), axis="expert")
+        # Aligned, a token's slots come back one by one: each meets zeros only, and they are added in their order as on one device.
+        slots = jnp.arange(experts.size).reshape(experts.shape)
+        rows = move(lambda x: take_rows(x, slots.reshape(-1) // num_slots, slots))
+        found = sharding.sum_rows(self._sums(rows, experts.reshape(-1, 1), weights.reshape(-1, 1)), axis="expert")
+        own = jnp.arange(len(found))
+        return combine_groups(found, Groups(own, own, tiles=jnp.zeros(0, jnp.int32)), num_slots, implementation=self.numerics.kernels)
 
     def _sums(
         self, rows: Float[Array, "N D"] | QuantizedRows, experts: Int[Array, "N A"], weights: Float[Array, "N A"]

@@ -5,16 +5,18 @@ batch is that device's rows, and each block gathers its weights just before use 
 cannot depend on how many devices stand beside it, and every collective is one of ours:
 
     all-gather of a block's weights (reduce-scatter of their gradients)     axes fsdp, expert
-    all-to-all of the rows sent to their experts and back                   axis expert
+    all-gather of tokens for their experts, all-to-all of the sums back     axis expert
     sums of losses, loads and unsharded gradients                           axes data, fsdp, expert
 """
 
+import functools
 import math
 import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 from jax.experimental import mesh_utils
@@ -174,6 +176,26 @@ def gather(state: Any) -> Any:
 def all_but_weights(primitive: Any, *_: Any, **params: Any) -> bool:
     """The remat policy that keeps every value but gathered weights, and what is a part of a weight: they are made again of the weights."""
     return primitive not in (lax.all_gather_p, lax.squeeze_p)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def gather_rows(x: jax.Array, axis: str) -> jax.Array:
+    """Return the rows x [N, ...] of all devices of a mesh axis, [devices * N, ...]; the gradient is `sum_rows`."""
+    return lax.all_gather(x, axis, tiled=True)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def sum_rows(x: jax.Array, axis: str) -> jax.Array:
+    """Return each device's N rows of x [devices * N, ...] summed over the devices of an axis, in fp32, cast once.
+
+    What travels is of x's dtype, and a sum with zeros is exact: a reduce-scatter would do neither. The gradient is `gather_rows`.
+    """
+    parts = lax.all_to_all(x, axis, split_axis=0, concat_axis=0, tiled=True)
+    return parts.reshape(lax.axis_size(axis), -1, *x.shape[1:]).astype(jnp.float32).sum(0).astype(x.dtype)
+
+
+gather_rows.defvjp(lambda x, axis: (gather_rows(x, axis), None), lambda axis, _, d: (sum_rows(d, axis),))
+sum_rows.defvjp(lambda x, axis: (sum_rows(x, axis), None), lambda axis, _, d: (gather_rows(d, axis),))
 
 
 def sum_gradients(gradients: Any) -> Any:

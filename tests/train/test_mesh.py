@@ -1,4 +1,4 @@
-"""The mesh: one step is the same on any of them, everything is really sharded, and only weights are gathered.
+"""The mesh: one step is the same on any of them, everything is really sharded, and only weights and experts' tokens are gathered.
 
 The simulated devices must exist before jax starts, so all meshes run in one process of their own (this file, run as a program), which
 writes what it found as JSON.
@@ -25,6 +25,7 @@ SAVED = "2x4"
 """The mesh whose state is saved, to be restored on one device."""
 FP8 = "2x4"
 """The mesh that trains in FP8 beside one device."""
+ROWS, SEQ_LEN = 64, 128
 
 
 def make_mesh(text):
@@ -42,7 +43,7 @@ def make_program(mesh, num_layers=2, period=2, **numerics):
     return make_program(config, Numerics(aligned=False, **numerics), optimizer, steps=10, seed=0, mesh=mesh)
 
 
-def make_batch(rows, seq_len=128):
+def make_batch(rows, seq_len=SEQ_LEN):
     from ring_jax.scoring import Batch
 
     rng = np.random.default_rng(0)
@@ -113,7 +114,7 @@ def main(folder):
     jax.config.update("jax_num_cpu_devices", 64)
     from ring_jax import checkpoint
 
-    folder, batch = pathlib.Path(folder), make_batch(64)
+    folder, batch = pathlib.Path(folder), make_batch(ROWS)
     for text in MESHES:
         mesh = make_mesh(text)
         program = make_program(mesh)
@@ -228,7 +229,7 @@ def test_parameters_and_optimizer_state_are_sharded(found, mesh):
 
 
 @pytest.mark.parametrize("mesh", MESHES[1:])
-def test_only_weights_are_gathered(found, mesh):
+def test_only_weights_and_tokens_of_experts_are_gathered(found, mesh):
     fsdp, expert = (int(size) for size in mesh.split("x"))
     result = read(found, mesh)
     # What a gather may give: a whole parameter, one layer of a stack, or a device's experts with their whole width. XLA may drop ones.
@@ -240,7 +241,10 @@ def test_only_weights_are_gathered(found, mesh):
     gathered = [tuple(n for n in shape if n > 1) for kind, shapes in result["collectives"] for shape in shapes if kind == "all-gather"]
     assert len(gathered) >= len(weights) // 2  # the weights are gathered at all
     transposed = {tuple(sorted(shape)) for shape in weights}
-    assert not [shape for shape in gathered if tuple(sorted(shape)) not in transposed]
+    # Tokens go to the devices of their experts, with their experts' numbers and weights: once, not once for each expert.
+    tokens = {(ROWS * SEQ_LEN // fsdp, size) for size in (64, 2)} if expert > 1 else set()
+    assert tokens <= set(gathered)
+    assert not [shape for shape in gathered if tuple(sorted(shape)) not in transposed and shape not in tokens]
     kinds = {kind for kind, _ in result["collectives"]}
     assert ("all-to-all" in kinds) == (expert > 1)
     assert "collective-permute" not in kinds
