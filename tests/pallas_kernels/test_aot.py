@@ -18,7 +18,9 @@ from pallas_kernels.aot import gpu, tpu
 
 CASE = gates.CompileCase("op", "shape", ("v5p",), lambda: None, (), bytes=1.0, flops=1.0)
 KERNEL = {"kernel": "op", "registers": 200, "spills": 0, "instructions": {"wgmma.m64n128k16": 4}}
-ROW = {"kernels": [KERNEL], "estimate": 1.1, "floor": 1.0, "memory": 2.0**30, "sizes": {"argument": 100, "temp": 20, "alias": 8}}
+ROW = {"jax": "0.10.2", "kernels": [KERNEL], "estimate": 1.1, "floor": 1.0, "memory": 2.0**30} | {
+    "sizes": {"argument": 100, "temp": 20, "alias": 8}
+}
 WITHOUT_PRODUCTS = {"combine_groups", "cross_entropy_log_sum_exp"}
 """Kernels of a product's program that hold no matrix instruction."""
 needs_compilers = pytest.mark.skipif(not os.access(command.PYTHON, os.X_OK), reason=f"{command.PYTHON} is missing: make env-gates")
@@ -125,6 +127,8 @@ def test_slices_of_many_chips(tmp_path):
         ({"kernels": [KERNEL | {"spills": 8}]}, {}, "op spills 8 bytes"),
         ({}, {"instruction": "n256"}, "no n256 but wgmma.m64n128k16"),
         ({}, {"floor_ratio": 1.05}, "estimate is 1.10 of the floor, over 1.05"),
+        ({"jax": "0.12.0"}, {"floor_ratio": 1.05}, "estimate is 1.10 of the floor, over 1.082"),
+        ({"jax": "0.12.0"}, {"floor_ratio": 1.08}, None),
         ({}, {"memory": 2.0**29}, "takes 1024 MiB, over 512"),
         ({}, {"temporaries": 0.2}, None),
         ({}, {"temporaries": 0.1}, "has 0 MiB of temporaries, 0.200 of its arguments"),
