@@ -28,12 +28,12 @@ class CompileCase(NamedTuple):
 
     bytes and flops are what the op itself moves and computes; with the chip's rates they make the floor. The gates: it compiles, on a GPU
     nothing spills, `instruction` (a regular expression) is in the PTX, the estimate is at most `floor_ratio` times the floor (but see
-    `OTHERS`), the program's peak memory at most `memory` bytes, its temporaries at most the part `temporaries` of its arguments (a copied cache or weight
-    shows there), and what is donated is written in place. `devices`: for a slice of so many chips; then `program` is a function of these
-    devices that returns the jitted program and its arguments, shapes with their shardings, and all that is counted is of one chip.
-    `turns`: how often a kernel's loops turn, by its name, on average, where that is data. `unfused`: the same without kernels; of the bytes
-    that it moves as the compiler fuses it, the program with kernels may move at most the part `fewer_bytes`. `products`: where that program
-    has products, too, these alone: what they move does not count.
+    `OTHERS`), the program's peak memory at most `memory` bytes, its temporaries at most the part `temporaries` of its arguments (a copied
+    cache or weight shows there), and what is donated is written in place. `devices`: for a slice of so many chips; then `program` is a
+    function of these devices that returns the jitted program and its arguments, shapes with their shardings, and all that is counted is of
+    one chip. `turns`: how often a kernel's loops turn, by its name, on average, where that is data. `unfused`: the same without kernels; of
+    the bytes that it moves as the compiler fuses it, the program with kernels may move at most the part `fewer_bytes`. `products`: where
+    that program has products, too, these alone: what they move does not count.
     """
 
     kernel: str

@@ -18,9 +18,8 @@ from pallas_kernels.aot import gpu, tpu
 
 CASE = gates.CompileCase("op", "shape", ("v5p",), lambda: None, (), bytes=1.0, flops=1.0)
 KERNEL = {"kernel": "op", "registers": 200, "spills": 0, "instructions": {"wgmma.m64n128k16": 4}}
-ROW = {"jax": "0.10.2", "kernels": [KERNEL], "estimate": 1.1, "floor": 1.0, "memory": 2.0**30} | {
-    "sizes": {"argument": 100, "temp": 20, "alias": 8}
-}
+SIZES = {"argument": 100, "temp": 20, "alias": 8}
+ROW = {"jax": "0.10.2", "kernels": [KERNEL], "estimate": 1.1, "floor": 1.0, "memory": 2.0**30, "sizes": SIZES}
 WITHOUT_PRODUCTS = {"combine_groups", "cross_entropy_log_sum_exp"}
 """Kernels of a product's program that hold no matrix instruction."""
 needs_compilers = pytest.mark.skipif(not os.access(command.PYTHON, os.X_OK), reason=f"{command.PYTHON} is missing: make env-gates")
