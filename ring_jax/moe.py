@@ -2,7 +2,7 @@
 
 import functools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from flax import nnx
@@ -87,7 +87,7 @@ class MoE(nnx.Module):
         # Aligned, a token's slots come back one by one: each meets zeros only, and they are added in their order as on one device.
         slots = jnp.arange(experts.size).reshape(experts.shape)
         rows = move(lambda x: take_rows(x, slots.reshape(-1) // num_slots, slots))
-        found = sharding.sum_rows(self._sums(rows, experts.reshape(-1, 1), weights.reshape(-1, 1)), axis="expert")
+        found: Any = sharding.sum_rows(self._sums(rows, experts.reshape(-1, 1), weights.reshape(-1, 1)), axis="expert")
         own = jnp.arange(len(found))
         return combine_groups(found, Groups(own, own, tiles=jnp.zeros(0, jnp.int32)), num_slots, implementation=self.numerics.kernels)
 

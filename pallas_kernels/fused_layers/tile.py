@@ -177,7 +177,8 @@ def _log_total(logits: jax.Array, axis: int) -> jax.Array:
 def route(logits: jax.Array, bias: jax.Array, *, how: Routing, axis: int = -1) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Return the experts of the largest biased scores in the best groups, their weights, and the log-sum-exp of all logits.
 
-    A group counts its two largest. Equal scores go to the lower expert. A row with a NaN is sent nowhere: its experts are `experts`.
+    A group counts its two largest. Equal scores go to the lower expert. A row with a NaN is sent nowhere, its experts are `experts`, if
+    experts are in one group, else anywhere.
     The experts are at `axis` of the tile, -1 or -2.
     """
     size = how.experts // how.groups

@@ -114,7 +114,8 @@ def gather_weights(weights: Float[Array, "N A"], groups: Groups) -> Float[Array,
 def combine_groups(rows: Float[Array, "rows D"], groups: Groups, num_slots: int, *, implementation: str = "auto") -> Float[Array, "N D"]:
     """Return each token's rows summed in the order of its slots, in fp32, cast once; an assignment of no group adds nothing.
 
-    With one slot: the row of each assignment. Differentiable in rows, whose gradient is a gather.
+    With one slot: the row of each assignment. Differentiable in rows, whose gradient is a gather. Rows that a kernel or a loop has left
+    are summed with one set of bits; a product right in front may be contracted with the sum.
     """
     token, destination = moves_of(groups.destination.shape[0] // num_slots, groups, num_slots)
 

@@ -28,7 +28,7 @@ def op(x, w, experts, aligned: bool, implementation: str):
     """Return each slot's product by way of whole tiles of one expert's rows."""
     how = {"row_tile": row_tile_for(experts.size, w.shape[0], aligned=aligned), "implementation": implementation}
     groups = group_rows(experts.reshape(-1), w.shape[0], how["row_tile"])
-    return combine_groups(gather_grouped_matmul(x, w, groups, experts.shape[1], **how), groups, 1)
+    return combine_groups(gather_grouped_matmul(x, w, groups, experts.shape[1], **how), groups, 1, implementation=implementation)
 
 
 def ragged_dot(x, w, experts):

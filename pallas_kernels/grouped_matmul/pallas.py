@@ -125,7 +125,7 @@ def grouped_mlp(
     gated_gradient(dy, w_out, first product, weight, tiles, token, row_tile) the gradients of the former and of the weight, for the tokens'
     gradient dy; sum_rows is `xla.sum_rows`.
     """
-    dtype = x.dtype
+    dtype, weights_dtype = x.dtype, weights.dtype
     x, w_in, w_out = _operands(x, w_in, w_out)
 
     @jax.custom_vjp
@@ -145,7 +145,7 @@ def grouped_mlp(
         dx = sum_rows(product(d_gate_up, w_in, tiles, None, 1, row_tile), destination)
         d_w_in = weight_gradient(x, d_gate_up, tiles, (token, None), row_tile)
         d_w_out = weight_gradient(hidden, dy, tiles, (None, token), row_tile)
-        d_weights = jnp.take(d_weight, destination, mode="fill", fill_value=0).astype(weights.dtype)
+        d_weights = jnp.take(d_weight, destination, mode="fill", fill_value=0).astype(weights_dtype)
         return dx, d_w_in, d_w_out, d_weights, None, None, None, None
 
     run.defvjp(forward, backward)

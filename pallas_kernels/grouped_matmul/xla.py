@@ -146,13 +146,9 @@ def grouped_mlp(x, w_in, w_out, weights, tiles, moves, *, row_tile, aligned):
                 d_tile = tile_of(d_out, token, at, rows)
                 hidden, pull_back = jax.vjp(gated, _rows(y, at, rows), tile_of(weights.reshape(-1), source, at, rows))
                 dy, d_own = pull_back(tile.product(d_tile, own_out, 1).astype(dtype))
-                dx, d_weight = _put(dx, tile.product(dy, own_in, 1).astype(dtype), at), _put(d_weight, d_own, at)
-                return (
-                    dx,
-                    d_weight,
-                    tile.weight_gradient(tile_of(x, token, at, rows), dy, dw_in),
-                    tile.weight_gradient(hidden, d_tile, dw_out),
-                )
+                dx = _put(dx, tile.product(dy, own_in, 1).astype(dtype), at)
+                dw_in = tile.weight_gradient(tile_of(x, token, at, rows), dy, dw_in)
+                return dx, _put(d_weight, d_own.astype(jnp.float32), at), dw_in, tile.weight_gradient(hidden, d_tile, dw_out)
 
             *by_row, dw_in_all, dw_out_all = carry
             zeros = (jnp.zeros(w.shape[1:], jnp.float32) for w in (w_in, w_out))
@@ -161,9 +157,9 @@ def grouped_mlp(x, w_in, w_out, weights, tiles, moves, *, row_tile, aligned):
             return *by_row, put(dw_in_all, dw_in), put(dw_out_all, dw_out)
 
         num_rows = token.shape[0]
-        by_row = unwritten((num_rows, x.shape[1]), dtype, x), jnp.zeros(num_rows, weights.dtype)
+        by_row = unwritten((num_rows, x.shape[1]), dtype, x), jnp.zeros(num_rows, jnp.float32)
         dx, d_weight, dw_in, dw_out = for_each_group(tiles, group, (*by_row, jnp.zeros_like(w_in), jnp.zeros_like(w_out)))
-        d_weights = jnp.take(d_weight, destination, mode="fill", fill_value=0)
+        d_weights = jnp.take(d_weight, destination, mode="fill", fill_value=0).astype(weights.dtype)
         return sum_rows(dx.astype(dtype), destination), dw_in, dw_out, d_weights, None, None, None, None
 
     run.defvjp(forward, backward)

@@ -17,6 +17,9 @@ from pallas_kernels import compat, fused_layers, tiles
 from pallas_kernels.fused_layers import cases, layers, reference
 from pallas_kernels.fused_layers.api import IMPLEMENTATIONS
 from pallas_kernels.fused_layers.cases import REFUSED, TEST_CASES
+from pallas_kernels.grouped_matmul import cases as grouped
+from pallas_kernels.grouped_matmul import group_rows
+from pallas_kernels.grouped_matmul import reference as products
 from pallas_kernels.scaled_matmul import Product, QuantizedRows, fp8_matmul, quantize
 from pallas_kernels.scaled_matmul.quantized import GROUP
 from tests.pallas_kernels.programs import DTYPES, ON_GPU, in_float64, jit, jit_for_values, jit_of, random_like
@@ -423,3 +426,26 @@ def test_leading_axes():
 def test_mistakes(call, said):
     with pytest.raises(ValueError, match=said):
         call(jnp.ones((2, 16)))
+
+
+def with_gradients_of(f, arguments, d):
+    y, pull_back = jax.vjp(f, *arguments)
+    return y, pull_back(d)
+
+
+def test_what_the_gates_compare_experts_with():
+    """The plain side of a layer's bytes: its moves are gathers, autodiff's scatters here, and its values and gradients the same."""
+    num, A, D, F, rng = 24, grouped.ACTIVE, 32, 16, np.random.default_rng(0)
+    array = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)
+    groups = group_rows(jnp.asarray(rng.integers(0, 17, num * A), jnp.int32), 16, 16)  # some go nowhere
+    of = lambda size: array(len(groups.source), size)
+    given = cases.AroundExperts(array(num, D), array(num, A), groups, of(2 * F), of(F), of(D), of(D), of(2 * F), of(F), array(num, D), None)
+    token = jnp.where(groups.source < num * A, groups.source // A, num)
+    rows_of = lambda rows: rows.at[groups.destination].get(mode="fill", fill_value=0).reshape(num, A, D)
+    parts = (
+        (lambda x: x.at[token].get(mode="fill", fill_value=0), (given.x,), given.d_gathered),
+        (reference.swiglu, (given.gate_up,), given.d_hidden),
+        (lambda rows, weights: products.combine(rows_of(rows), weights), (given.rows, given.weights), given.d_y),
+    )
+    for found, (f, arguments, d) in zip(jax.jit(cases.AroundExperts.as_equations)(given), parts, strict=True):
+        assert_close(found, in_float64(functools.partial(with_gradients_of, f), arguments, d), jnp.float32)

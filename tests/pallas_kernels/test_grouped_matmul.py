@@ -24,6 +24,7 @@ from pallas_kernels.grouped_matmul import (
     grouped_mlp,
     reference,
     row_tile_for,
+    take_rows,
 )
 from pallas_kernels.grouped_matmul.api import IMPLEMENTATIONS
 from pallas_kernels.grouped_matmul.cases import TEST_CASES, Case, inputs
@@ -301,6 +302,41 @@ def test_an_expert_has_the_same_bits_under_a_gradient_and_alone(implementation, 
     assert_same_bits(program(implementation, op=experts_of)(arguments, experts, cotangent)[0], everything)
     for num in (1, 17):
         assert_same_bits(run(x[-num:], *matrices, weights[-num:], experts[-num:]), everything[-num:])
+
+
+@pytest.mark.parametrize(("implementation", "dtype"), [*((name, "fp32") for name in IMPLEMENTATIONS), ("xla", "bf16")])
+def test_a_token_of_experts_does_not_depend_on_its_neighbours(implementation, dtype):
+    """Nor on the weight of a slot that goes nowhere, NaN here."""
+    (x, *matrices, weights), experts, _ = mlp_arguments_of(Case(90, 3, 48, 256, 8, "some"), DTYPES[dtype])
+    run = program(implementation, gradients=False, op=experts_of)
+    everything = run(x, *matrices, weights, experts)
+    for others in (0, 7, 8):  # the others all to the first expert, to the last, to none
+        changed = jnp.where(experts < 8, weights, jnp.nan).at[10:].multiply(3.0)
+        assert_same_bits(run(x, *matrices, changed, experts.at[10:].set(others))[:10], everything[:10])
+    order = np.random.default_rng(1).permutation(90)
+    assert_same_bits(run(x[order], *matrices, weights[order], experts[order]), everything[order])
+
+
+NATIVE_BF16 = [pytest.param("pallas_gpu", case, marks=ON_GPU, id=f"native-{name}") for name, case in RELEASED.items()]
+
+
+@pytest.mark.parametrize(("implementation", "case"), [*((name, MLP_CASES["lanes"]) for name in IMPLEMENTATIONS), *NATIVE_BF16])
+def test_experts_in_bf16(implementation, case):
+    """What is rounded between the products weighs more than the last rounding: by norm, and four of its steps."""
+    arguments, experts, cotangent = mlp_arguments_of(case, jnp.bfloat16)
+    actual = program(implementation, op=experts_of)(arguments, experts, cotangent)
+    for one, exact in zip(jax.tree.leaves(actual), jax.tree.leaves(in_float64(mlp_truth, arguments, experts, cotangent)), strict=True):
+        assert np.linalg.norm(np.asarray(one, np.float64) - exact) <= 2.0**-7 * np.linalg.norm(exact)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "uint8"])
+def test_rows_taken_as_on_a_tpu(dtype):
+    """There a row of zeros stands behind the others in place of a fill."""
+    index = jnp.array([4, 0, 5, 2, 1 << 20, 4], jnp.int32)
+    for x in (jnp.arange(1, 16).reshape(5, 3).astype(dtype), jnp.arange(1, 6).astype(dtype)):
+        with compat.compiling_for("v5p"):
+            found = jax.jit(lambda x: take_rows(x, index, jnp.zeros((5, 1), jnp.int32)))(x)
+        assert_same_bits(found, jnp.take(x, index, axis=0, mode="fill", fill_value=0))
 
 
 @pytest.mark.parametrize("implementation", KERNELS)

@@ -36,8 +36,8 @@ rows, w_out = gather_groups(tokens, groups, 2), jnp.swapaxes(w[:, :, :128], 1, 2
 of_groups = {"tiles": groups.tiles, "row_tile": 16}
 
 
-def grouped_experts(x, w_in, w_out, **how):
-    return grouped_mlp(x, w_in, w_out, groups, jnp.ones((33, 2)), row_tile=16, **how)
+def grouped_experts(x, w_in, w_out, weights, **how):
+    return grouped_mlp(x, w_in, w_out, groups, weights, row_tile=16, **how)
 
 
 OPS = {
@@ -45,7 +45,7 @@ OPS = {
     "lightning_attention": (lambda q, k, v, **how: lightning_attention(q, k, v, log_decay, **how)[0], qkv),
     "matmul": (matmul, products.inputs(products.TEST_CASES["odd_rows"], jnp.float32)),
     "grouped_matmul": (functools.partial(grouped_matmul, **of_groups), (rows, w)),
-    "grouped_mlp": (grouped_experts, (tokens, w, w_out)),
+    "grouped_mlp": (grouped_experts, (tokens, w, w_out, jnp.linspace(0.1, 2.0, 66).reshape(33, 2))),
     "fp8_grouped_matmul": (functools.partial(fp8_grouped_matmul, **of_groups), (rows, w)),
     "fused_layers": (fused_layers.TEST_CASES["gated"].function(jnp.float32), fused_layers.TEST_CASES["gated"].inputs(jnp.float32)),
     "cross_entropy": (lambda hidden, w, **how: token_logprobs(hidden, w, targets, **how), (hidden, head)),

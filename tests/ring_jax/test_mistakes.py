@@ -228,7 +228,7 @@ def test_rotary_position_of_a_decode_step(small, small_tensors, tokens):
 
 @pytest.mark.parametrize("num_slots", [2, 3, 8])
 def test_experts_are_combined_in_the_order_of_the_slots(num_slots):
-    """Each sum is rounded by itself, whatever stands around it; infinities and NaN pass."""
+    """Each sum is rounded by itself, whatever stands behind it; infinities and NaN pass."""
     slots = np.random.default_rng(0).standard_normal((50, num_slots, 24)).astype(np.float32)
     slots[3, 1, :2] = np.inf, np.nan
     exact = functools.reduce(np.add, [slots[:, a] for a in range(num_slots)])
