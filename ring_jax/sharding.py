@@ -174,7 +174,7 @@ def gather(state: Any) -> Any:
 
 
 def all_but_weights(primitive: Any, *_: Any, **params: Any) -> bool:
-    """The remat policy that keeps every value but gathered weights, and what is a part of a weight: they are made again of the weights."""
+    """The remat policy that keeps every value but what is gathered, weights and experts' tokens, and what is a part of a weight."""
     return primitive not in (lax.all_gather_p, lax.squeeze_p)
 
 
