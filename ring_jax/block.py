@@ -42,5 +42,5 @@ def remat(layer: Callable, policy: str) -> Callable:
     if policy == "full":
         return jax.checkpoint(layer)
     if policy == "mixers":
-        return jax.checkpoint(layer, policy=jax.checkpoint_policies.save_only_these_names("mixer", "mixer_out", "experts"))
+        return jax.checkpoint(layer, policy=jax.checkpoint_policies.save_only_these_names("mixer", "mixer_out"))
     return jax.checkpoint(layer, policy=sharding.all_but_weights) if sharding.manual_axes() else layer

@@ -83,11 +83,11 @@ class MoE(nnx.Module):
         experts = everywhere(experts) - lax.axis_index("expert") * per_shard
         experts = jnp.where((experts >= 0) & (experts < per_shard), experts, per_shard)
         if not self.numerics.aligned:
-            return sharding.sum_rows(self._sums(rows, experts, weights), axis="expert")
+            return sharding.reduce_scatter_rows(self._sums(rows, experts, weights), axis="expert")
         # Aligned, a token's slots come back one by one: each meets zeros only, and they are added in their order as on one device.
         slots = jnp.arange(experts.size).reshape(experts.shape)
         rows = move(lambda x: take_rows(x, slots.reshape(-1) // num_slots, slots))
-        found: Any = sharding.sum_rows(self._sums(rows, experts.reshape(-1, 1), weights.reshape(-1, 1)), axis="expert")
+        found: Any = sharding.reduce_scatter_rows(self._sums(rows, experts.reshape(-1, 1), weights.reshape(-1, 1)), axis="expert")
         own = jnp.arange(len(found))
         return combine_groups(found, Groups(own, own, tiles=jnp.zeros(0, jnp.int32)), num_slots, implementation=self.numerics.kernels)
 

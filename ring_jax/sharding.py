@@ -180,12 +180,12 @@ def all_but_weights(primitive: Any, *_: Any, **params: Any) -> bool:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def gather_rows(x: jax.Array, axis: str) -> jax.Array:
-    """Return the rows x [N, ...] of all devices of a mesh axis, [devices * N, ...]; the gradient is `sum_rows`."""
+    """Return the rows x [N, ...] of all devices of a mesh axis, [devices * N, ...]; the gradient is `reduce_scatter_rows`."""
     return lax.all_gather(x, axis, tiled=True)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def sum_rows(x: jax.Array, axis: str) -> jax.Array:
+def reduce_scatter_rows(x: jax.Array, axis: str) -> jax.Array:
     """Return each device's N rows of x [devices * N, ...] summed over the devices of an axis, in fp32, cast once.
 
     What travels is of x's dtype, and a sum with zeros is exact: a reduce-scatter would do neither. The gradient is `gather_rows`.
@@ -194,8 +194,8 @@ def sum_rows(x: jax.Array, axis: str) -> jax.Array:
     return parts.reshape(lax.axis_size(axis), -1, *x.shape[1:]).astype(jnp.float32).sum(0).astype(x.dtype)
 
 
-gather_rows.defvjp(lambda x, axis: (gather_rows(x, axis), None), lambda axis, _, d: (sum_rows(d, axis),))
-sum_rows.defvjp(lambda x, axis: (sum_rows(x, axis), None), lambda axis, _, d: (gather_rows(d, axis),))
+gather_rows.defvjp(lambda x, axis: (gather_rows(x, axis), None), lambda axis, _, d: (reduce_scatter_rows(d, axis),))
+reduce_scatter_rows.defvjp(lambda x, axis: (reduce_scatter_rows(x, axis), None), lambda axis, _, d: (gather_rows(d, axis),))
 
 
 def sum_gradients(gradients: Any) -> Any:

@@ -329,6 +329,16 @@ def test_experts_in_bf16(implementation, case):
         assert np.linalg.norm(np.asarray(one, np.float64) - exact) <= 2.0**-7 * np.linalg.norm(exact)
 
 
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_weights_of_another_dtype(implementation):
+    """They are what they are in fp32; the gradient is rounded to theirs at the end."""
+    (*others, weights), experts, cotangent = mlp_arguments_of(MLP_CASES["lanes"], jnp.float32)
+    half, run = weights.astype(jnp.bfloat16), program(implementation, op=experts_of)
+    out, gradients = run((*others, half), experts, cotangent)
+    same, expected = run((*others, half.astype(jnp.float32)), experts, cotangent)
+    assert_same_bits((out, gradients), (same, (*expected[:3], expected[3].astype(jnp.bfloat16))))
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "uint8"])
 def test_rows_taken_as_on_a_tpu(dtype):
     """There a row of zeros stands behind the others in place of a fill."""
