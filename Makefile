@@ -9,7 +9,7 @@ JOBS ?= 2
 LANES := --model test --model.num_layers 3 --model.hidden_size 256 --model.num_heads 2 --model.num_kv_heads 1 --model.head_size 128 \
 	--model.ffn_size 256 --model.expert_size 128 --model.shared_expert_size 128
 
-.PHONY: help env env-gates env-bench demo test test-slow gates gates-all gate-decode gate-golden gate-bf16 gate-fp32 lint bench clean
+.PHONY: help env env-gates env-bench demo test test-slow gates gates-all gate-decode gate-golden gate-bf16 gate-kernels lint bench clean
 
 help:  ## what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -48,7 +48,7 @@ test-slow: env env-gates  ## all tests, with those that take minutes, every prog
 
 gates: env env-gates  ## the gates of every change: kernels through the compilers of four chips, train and inference compared bit by bit
 	$(BIN)/python -m pallas_kernels.aot --jobs $(JOBS)
-	@$(MAKE) --no-print-directory --output-sync=target --jobs $(JOBS) gate-decode gate-golden gate-bf16 gate-fp32
+	@$(MAKE) --no-print-directory --output-sync=target --jobs $(JOBS) gate-decode gate-kernels gate-golden gate-bf16
 
 gate-decode:
 	$(BIN)/python -m pallas_kernels.aot --jobs 1 --cases ring_jax.train.gates --kernel model.mini.decode --target h200
@@ -59,16 +59,15 @@ gate-golden:
 gate-bf16:
 	$(BIN)/python -m ring_jax.infer align --checkpoint tests/golden/periodic --tokens 128 --precision bf16 --remat mixers
 
-gate-fp32:
-	$(BIN)/python -m ring_jax.train --output runs/gates --overwrite --precision fp32 --tokenizer bytes --seq-len 256 --batch-size 4 --steps 2
-	$(BIN)/python -m ring_jax.infer align --checkpoint runs/gates --tokens 128
+gate-kernels:
+	$(BIN)/python -m ring_jax.train --output runs/lanes --overwrite $(LANES) --precision fp32 --tokenizer bytes --seq-len 128 --batch-size 2 --steps 2
+	$(BIN)/python -m ring_jax.infer align --checkpoint runs/lanes --tokens 64 --kernels pallas
 
 gates-all: gates  ## the long gates: those, the models for all chips, and more of bf16, FP8 and interpreted kernels compared
 	$(BIN)/python -m pallas_kernels.aot --jobs $(JOBS) --cases ring_jax.train.gates
 	$(BIN)/python -m ring_jax.infer align --checkpoint tests/golden/periodic --tokens 256
 	$(BIN)/python -m ring_jax.infer align --checkpoint tests/golden/trailing --tokens 256 --precision bf16
 	$(BIN)/python -m ring_jax.infer align --checkpoint tests/golden/periodic --tokens 64 --precision fp8
-	$(BIN)/python -m ring_jax.train --output runs/lanes --overwrite $(LANES) --precision fp32 --tokenizer bytes --seq-len 128 --batch-size 2 --steps 2
 	$(BIN)/python -m ring_jax.infer align --checkpoint runs/lanes --tokens 512 --kernels pallas
 	$(BIN)/python -m ring_jax.infer align --checkpoint runs/lanes --tokens 512 --kernels pallas --precision bf16
 	$(BIN)/python -m ring_jax.infer align --checkpoint runs/lanes --tokens 512 --kernels pallas --precision fp8
@@ -79,8 +78,9 @@ lint: env  ## ruff and pyright
 	$(BIN)/pyright
 
 bench: env-bench  ## training, prefill and decode on this machine, beside mlx-lm; then every op beside its peers, torch's and fla's too
-	$(BENCH_VENV)/bin/python -m ring_jax.train.bench
-	$(BENCH_VENV)/bin/python -m pallas_kernels.bench
+	mkdir -p runs
+	$(BENCH_VENV)/bin/python -m ring_jax.train.bench --json runs/bench.json
+	$(BENCH_VENV)/bin/python -m pallas_kernels.bench --json runs/bench-ops.json
 
 clean:  ## remove what was built
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -16,6 +16,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from pallas_kernels.aot.case import CompileCase
+from pallas_kernels.cross_entropy import head_logits
 from ring_jax import flops, numerics, scoring, sharding
 from ring_jax.cache import Cache
 from ring_jax.config import PRESETS, ModelConfig
@@ -48,7 +49,7 @@ def compile_cases() -> Iterator[CompileCase]:
                 how = Numerics.of(precision, aligned=False, kernels=kernels, remat="mixers")  # by name: one that refuses its case fails
                 yield _case(name, config, how, target, "evaluate", _training)
                 yield _case(name, config, how, target, "step", _training)
-                yield _case(name, config, dataclasses.replace(how, gradients=False), target, "decode", _decode)
+                yield _case(name, config, dataclasses.replace(how, gradients=False, aligned=True), target, "decode", _decode)
 
 
 def _case(name: str, config: ModelConfig, how: Numerics, target: str, kind: str, make: Callable) -> CompileCase:
@@ -102,11 +103,13 @@ def _decode(kind: str, config: ModelConfig, how: Numerics, mesh: Mesh, slots: in
     cached = Cache(jax.tree.map(lambda _: P(None, None, *by_slot), cache.layers), by_slot)
 
     def step(params, biases, tables, tokens, positions, cache):
-        output = nnx.merge(graph, params, biases, tables)(tokens, positions, cache)
-        return output.hidden, output.cache
+        model = nnx.merge(graph, params, biases, tables)
+        output = model(tokens, positions, cache)
+        logits, total = head_logits(output.hidden[:, 0], model.head_weight(), **how.ops)
+        return jnp.argmax(logits, axis=-1), jnp.max(logits, axis=-1) - total, output.cache
 
     weights = tuple(sharding.specs(state, mesh) for state in (params, biases, tables))
     specs = (*weights, sharding.batch_spec(), sharding.batch_spec(), cached)
     where = jax.tree.map(lambda s: NamedSharding(mesh, s), specs, is_leaf=lambda x: isinstance(x, P))
-    program = sharding.on_mesh(step, mesh, specs, (sharding.batch_spec(), cached))
+    program = sharding.on_mesh(step, mesh, specs, (sharding.batch_spec(), sharding.batch_spec(), cached))
     return numerics.jit(program, how, donate_argnums=5), _placed((params, biases, tables, ids, ids, cache), where)

@@ -132,30 +132,46 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="one cheap case of each kernel and chip")
     parser.add_argument("--cases", action="append", metavar="MODULE", help="modules with compile_cases() (default: those of all kernels)")
     parser.add_argument("--python", default=PYTHON, help="the interpreter that has the compilers (make env-gates)")
-    parser.add_argument("--jobs", type=int, default=2, help="targets compiled for at a time")
+    parser.add_argument("--jobs", type=int, default=2, help="processes that compile")
     options = parser.parse_args()
     if not os.access(options.python, os.X_OK):
         print(f"{options.python} is missing: `make env-gates` makes it, --python or RING_JAX_GATES_PYTHON names another", file=sys.stderr)
         return 2
     modules = options.cases or gates.op_modules()
     cases = gates.collect(modules)
-    rows, printing = [], threading.Lock()
+    waiting = {target: gates.indices(cases, target, options.kernel, options.quick) for target in options.target or gates.PLATFORMS}
+    found: dict[tuple[str, int], dict[str, Any]] = {}
+    working, lock = collections.Counter(), threading.Lock()
 
-    def run(target: str) -> None:
-        worker = Worker(options.python, target, modules)
-        for index, case in enumerate(cases):
-            if target not in case.targets or not case.kernel.startswith(options.kernel) or (options.quick and not case.quick):
-                continue
-            row = {"kernel": case.kernel, "shape": case.shape, "target": target} | worker.compile(index)
-            row["failed"] = gates.failures(case, row)
-            with printing:
-                rows.append(row)
-                print("\n".join(lines(row)), flush=True)
-        worker.close()
+    def take(target: str) -> int | None:
+        with lock:
+            return waiting[target].pop(0) if waiting[target] else None
+
+    def run(_: int) -> None:
+        """Compile a target's cases until none is left, then help with another's: no process ends long before the others."""
+        while True:
+            with lock:
+                left = [target for target in waiting if waiting[target]]
+                if not left:
+                    return
+                target = min(left, key=lambda target: (working[target], -len(waiting[target])))
+                working[target] += 1
+            worker = Worker(options.python, target, modules)
+            while (index := take(target)) is not None:
+                case = cases[index]
+                row = {"kernel": case.kernel, "shape": case.shape, "target": target} | worker.compile(index)
+                row["failed"] = gates.failures(case, row)
+                with lock:
+                    found[target, index] = row
+                    print("\n".join(lines(row)), flush=True)
+            worker.close()
+            with lock:
+                working[target] -= 1
 
     print(HEADER, flush=True)
     with concurrent.futures.ThreadPoolExecutor(options.jobs) as pool:
-        list(pool.map(run, options.target or gates.PLATFORMS))
+        list(pool.map(run, range(options.jobs)))
+    rows = [found[which] for which in sorted(found)]
     failed = sum(bool(row["failed"]) for row in rows)
     print(f"{len(rows)} rows in {sum(row['seconds'] for row in rows):.0f} s of compiling, {failed} failed")
     if options.json:

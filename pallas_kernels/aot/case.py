@@ -49,7 +49,6 @@ class CompileCase(NamedTuple):
     memory: float | None = None
     temporaries: float | None = None
     devices: int | None = None
-    quick: bool = False
     turns: Mapping[str, int] = MappingProxyType({})
     unfused: Callable | None = None
     products: Callable | None = None
@@ -75,6 +74,20 @@ def collect(modules: Iterable[str]) -> list[CompileCase]:
     """Return the cases of all modules that have some."""
     found = [getattr(importlib.import_module(name), "compile_cases", tuple) for name in modules]
     return [case for cases in found for case in cases()]
+
+
+def indices(cases: Sequence[CompileCase], target: str, kernel: str = "", quick: bool = False) -> list[int]:
+    """Return which of the cases are for a target and of a kernel whose name starts so.
+
+    With `quick` one of each kernel, that of the fewest bytes, and none of the programs that are compared with others (`unfused`).
+    """
+    found = [i for i, case in enumerate(cases) if target in case.targets and case.kernel.startswith(kernel)]
+    if not quick:
+        return found
+    cheapest: dict[str, int] = {}
+    for i in sorted((i for i in found if not cases[i].unfused), key=lambda i: cases[i].bytes):
+        cheapest.setdefault(cases[i].kernel, i)
+    return sorted(cheapest.values())
 
 
 def failures(case: CompileCase, row: dict[str, Any]) -> list[str]:

@@ -47,7 +47,7 @@ def inputs(case: Case, dtype: DTypeLike, seed: int = 0) -> tuple[jax.Array, jax.
 
 
 COMPILE_CASES = {
-    "small 64": (Case(64, 512, 4096), {"forward": ("v5e", "v5p", "v6e", "h200")}),
+    "small 64": (Case(64, 512, 4096), dict.fromkeys(("forward", "backward"), ("v5e", "v5p", "v6e", "h200"))),
     "mini 64": (Case(64, *RELEASED["mini"]), {"forward": ("v5p", "v6e", "h200"), "logits": ("v5e", "v5p", "v6e", "h200")}),
     "mini 8192": (Case(8192, *RELEASED["mini"]), {"forward": ("v5p", "v6e", "h200"), "backward": ("v5e", "v5p", "v6e", "h200")}),
     "flash 64": (Case(64, *RELEASED["flash"]), {"forward": ("h200",), "logits": ("h200",)}),
@@ -91,5 +91,4 @@ def _compile(kernel: str, name: str, case: Case, implementation: str, targets: t
         flops=2 * case.N * case.D * columns,
         floor_ratio=None if name.startswith("small") else 1.35 if case.N > 64 else 1.25,
         instruction=r"wgmma\..*m64n256k16" if implementation == "pallas_gpu" else None,
-        quick=name.startswith("small"),
     )

@@ -97,6 +97,7 @@ def cache_inputs(case: CacheCase, dtype: DTypeLike) -> Inputs:
 
 
 COMPILE_TRAINING = {
+    "small (1, 1024, 2)": Case(1, 1024, 2, 1, 128),
     "mini (1, 8192, 16)": Case(1, 8192, 16, 4, 128),
     "flash (1, 8192, 32)": Case(1, 8192, 32, 4, 128),
     "mini (1, 32768, 16)": Case(1, 32768, 16, 4, 128),
@@ -136,12 +137,12 @@ def compile_cases() -> Iterator[CompileCase]:
     for implementation, target in ((implementation, (target,)) for implementation, targets in TARGETS.items() for target in targets):
         for name, case in COMPILE_TRAINING.items():
             yield _compile_training("forward", name, case, implementation, target)
-            if case.T == 8192:
+            if case.T <= 8192:
                 yield _compile_training("backward", name, case, implementation, target)
         for name, case in COMPILE_CACHE.items():
             yield _compile_cache(name, case, implementation, target)
     for target in TARGETS["pallas_tpu"]:  # a GPU's kernel is the same
-        for name in ("mini (1, 8192, 16)", "flash (1, 32768, 32)"):
+        for name in ("small (1, 1024, 2)", "mini (1, 8192, 16)", "flash (1, 32768, 32)"):
             yield _compile_training("aligned", name, COMPILE_TRAINING[name], "pallas_tpu", (target,))
         for name in ("mini 64 slots, 8192 keys", "mini 1024 on 524288 keys"):
             yield _compile_cache(name, COMPILE_CACHE[name], "pallas_tpu", (target,), aligned=True)
@@ -177,9 +178,8 @@ def _compile_training(
         arguments=(*arguments, heads(case.H)) if backward else arguments,
         bytes=3 * moved if backward else moved,
         flops=(2 + 5 if backward else 2) * products,  # the gradient's program has the forward in it
-        floor_ratio=RATIOS[targets[0]].get(kernel) if dtype == jnp.bfloat16 else None,
+        floor_ratio=RATIOS[targets[0]].get(kernel) if dtype == jnp.bfloat16 and case.T >= 8192 else None,
         instruction=WGMMA if on_tensor_cores else None,
-        quick=case.T == 8192 and case.H == 16 and on_tensor_cores,
         turns={
             "flash_forward": case.T // 2 // GRID,
             "flash_dq": case.T // 2 // dq.keys,
@@ -209,6 +209,5 @@ def _compile_cache(name: str, case: CacheCase, implementation: str, targets: tup
         # A lone slot is as many programs as there are key heads: no sum is split.
         floor_ratio=None if case.slots == 1 and case.T == 1 else RATIOS[targets[0]].get(kernel),
         instruction=WGMMA if implementation == "pallas_gpu" else None,
-        quick=case.T == 1 and case.H == 16 and case.paged and case.slots == 64,
         turns={"flash_forward": blocks},
     )

@@ -65,8 +65,8 @@ def residual_rms_norm(
 
     With `aligned` a row has the same bits whatever rows stand beside it, here and in all layers; only the forward promises that.
     emit: what the normed rows are written as: "plain", "rows" (the plain numbers in FP8 with a scale for each row and 128 columns, for a
-    product) or "columns" (with a scale for each column and 128 rows, for the gradient of its weight), or those of `layers.FORMS`
-    together; with "rows" the result is `QuantizedRows`, as products in FP8 take them. Raises ValueError for another.
+    product), "columns" (with a scale for each column and 128 rows, for the gradient of its weight), or those of `layers.FORMS`
+    together; but for "plain" the result is `QuantizedRows`, as products in FP8 take them. Raises ValueError for another.
     Differentiable in x, y and weight; but where they emit ("rows",) alone a gradient raises ValueError.
     """
     flat = _flat(x), None if y is None else _flat(y)

@@ -14,7 +14,7 @@ from pallas_kernels.fused_layers import tile
 from pallas_kernels.fused_layers.rows import Out, Pass, Rows
 from pallas_kernels.scaled_matmul import Product, Quantized, QuantizedRows
 
-FORMS = (("plain",), ("rows",), ("plain", "rows"), ("rows", "columns"), ("plain", "rows", "columns"))
+FORMS = (("plain",), ("rows",), ("columns",), ("plain", "rows"), ("rows", "columns"), ("plain", "rows", "columns"))
 """What a layer in front of a product may emit; `emit` is one of them."""
 
 
@@ -28,9 +28,10 @@ def _as_rows(arrays: tuple[jax.Array, ...], dtype: DTypeLike, emit: tuple[str, .
     plain = found.pop(0) if "plain" in emit else None
     if plain is not None and not found:
         return plain
-    values, scales = found.pop(0), found.pop(0)
-    carrier = jnp.zeros(values.shape, dtype) if plain is None and found else plain
-    return QuantizedRows(plain, values, scales, Quantized(*found) if found else None, carrier)
+    values, scales = (found.pop(0), found.pop(0)) if "rows" in emit else (None, None)
+    columns = Quantized(*found) if found else None
+    carrier = plain if plain is not None or columns is None else jnp.zeros(columns.values.shape[::-1], dtype)
+    return QuantizedRows(plain, values, scales, columns, carrier)
 
 
 def _differentiable(forward: Callable) -> Callable:

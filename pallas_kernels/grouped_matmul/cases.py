@@ -79,9 +79,9 @@ def compile_cases() -> Iterator[CompileCase]:
     for implementation in TARGETS:
         for name in COMPILE_SIZES:
             for num in (8192, 64):
-                yield _compile("forward", name, num, implementation, quick=(name, num) == ("mini down", 64))
+                yield _compile("forward", name, num, implementation)
     for name in ("mini gate_up", "flash gate_up"):
-        yield _compile("gathered", name, 8192, "pallas_gpu", quick=name.startswith("mini"))
+        yield _compile("gathered", name, 8192, "pallas_gpu")
         yield _compile("backward", name, 8192, "pallas_gpu")
     yield _compile("backward", "mini gate_up", 8192, "pallas_tpu")
     for num in (8192, 64):
@@ -169,7 +169,6 @@ def _compile_experts(name: str, num: int) -> CompileCase:
         flops=2 * (1 if decode else 3) * assigned * D * (two_F + F),
         floor_ratio=1.5 if decode else 2.5,
         instruction=r"wgmma\..*m64n128k16",
-        quick=decode,
     )
 
 
@@ -185,7 +184,7 @@ def _groups(assigned: int) -> Any:
     return Groups(*(jax.ShapeDtypeStruct((n,), jnp.int32) for n in (allotted_rows(assigned), assigned, EXPERTS)))  # pyright: ignore
 
 
-def _compile(kernel: str, name: str, num: int, implementation: str, quick: bool = False) -> CompileCase:
+def _compile(kernel: str, name: str, num: int, implementation: str) -> CompileCase:
     """A product of so many tokens' rows, each token with 8 of 256 experts."""
     from pallas_kernels.grouped_matmul.api import gather_grouped_matmul, grouped_matmul
 
@@ -219,5 +218,4 @@ def _compile(kernel: str, name: str, num: int, implementation: str, quick: bool 
         flops=2 * passes * assigned * terms * columns,
         floor_ratio=ratios.get(num),
         instruction=r"wgmma\..*m64n256k16" if implementation == "pallas_gpu" else None,
-        quick=quick,
     )

@@ -29,21 +29,21 @@ def compile_cases() -> Iterator[CompileCase]:
     """Yield the products of the released models' experts, training and decoding, the gradient of x being one, and the gradient of w."""
     for name, (depth, columns) in COMPILE_SIZES.items():
         for num in (8192, 64):
-            yield _compile("forward", name, num, (depth, columns), ("h200",), quick=(name, num) == ("mini down", 64))
+            yield _compile("forward", name, num, (depth, columns), ("h200",))
     for name, num in (("mini gate_up", 8192), ("flash gate_up", 8192), ("mini gate_up", 64)):
-        yield _compile("gathered", name, num, COMPILE_SIZES[name], ("h200",), quick=num == 64)
+        yield _compile("gathered", name, num, COMPILE_SIZES[name], ("h200",))
     yield _compile("input_gradient", "mini gate_up", 8192, (1024, 2048), ("h200",))
     for name in ("mini gate_up", "flash gate_up"):
         yield _compile("weight_gradient", name, 8192, COMPILE_SIZES[name], ("h200",))
     on_tpu = ("v5e", "v5p", "v6e")
     for name in ("mini gate_up", "flash gate_up"):
         yield _compile("forward", name, 8192, COMPILE_SIZES[name], on_tpu)
-    yield _compile("forward", "mini down", 64, COMPILE_SIZES["mini down"], on_tpu, quick=True)
+    yield _compile("forward", "mini down", 64, COMPILE_SIZES["mini down"], on_tpu)
     for name in ("mini down", "flash down"):
         yield _compile("weight_gradient", name, 8192, COMPILE_SIZES[name], on_tpu)
 
 
-def _compile(kernel: str, name: str, num: int, size: tuple[int, int], targets: tuple[str, ...], quick: bool = False) -> CompileCase:
+def _compile(kernel: str, name: str, num: int, size: tuple[int, int], targets: tuple[str, ...]) -> CompileCase:
     """A product of so many tokens' rows, each token with 8 of 256 experts."""
     from pallas_kernels.grouped_scaled_matmul.api import grouped_scaled_matmul, grouped_weight_gradient
 
@@ -72,5 +72,4 @@ def _compile(kernel: str, name: str, num: int, size: tuple[int, int], targets: t
         flops=2 * assigned * depth * columns,
         floor_ratio=2.5 if targets == ("h200",) and kernel != "weight_gradient" else None,
         instruction=r"wgmma\.mma_async.*m64n128k32.*e4m3|vmatmul",
-        quick=quick,
     )

@@ -170,7 +170,6 @@ def _compile_decode(slots: int, heads: int, implementation: str, targets: tuple[
         # A TPU writes the tile of 16 rows that holds the token's.
         floor_ratio=None if slots == 1 else 1.15 if implementation == "pallas_tpu" else 1.05,
         donate=(3, 4, 5, 8),
-        quick=slots == 64 and heads == 16,
     )
 
 
@@ -187,8 +186,8 @@ def _compile_fold(heads: int, implementation: str, targets: tuple[str, ...]) -> 
         arguments=(token, token, token, *table),
         bytes=64 * heads * (3 * 4 * 128 * 128 + 2 * 2 * 2 * 64 * 128),
         flops=64 * heads * 64 * 2 * (2 * 64 * 128 + 2 * 128 * 128),
+        floor_ratio=1.1,
         donate=(3, 4, 5),
-        quick=implementation == "pallas_gpu" and heads == 16,  # a second each there
     )
 
 
@@ -205,7 +204,6 @@ def _compile_verify(heads: int, implementation: str, targets: tuple[str, ...]) -
         arguments=(nodes, nodes, nodes, *table, jax.ShapeDtypeStruct((4, 4), jnp.int32)),
         bytes=64 * heads * (4 * 128 * 128 + 2 * (2 * 64 * 128 + 4 * 8 * 128)),
         flops=64 * heads * 4 * 64 * 2 * (2 * 64 * 128 + 128 * 128),
-        quick=implementation == "pallas_gpu" and heads == 16,  # a second each there
     )
 
 
@@ -234,5 +232,4 @@ def _compile(kernel: str, name: str, case: Case, implementation: str, targets: t
         # A GPU's loop over chunks is bound by its latency unless there are programs for every SM.
         floor_ratio=1.2 if implementation == "pallas_tpu" else 1.12 if kernel == "forward" and case.H == 64 else None,
         instruction=r"wgmma\..*m64n64k16" if implementation == "pallas_gpu" else None,
-        quick=name.startswith("mini (2") and (kernel == "forward" or implementation == "pallas_gpu"),
     )

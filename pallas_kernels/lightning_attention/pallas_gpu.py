@@ -261,6 +261,7 @@ def _rows(name: str, q, k, v, state, key_buffer, value_buffer, log_decay, index,
     buffers = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (key_buffer, value_buffer)] if write else []
     rows = batch * num_paths * heads * chunk_size
     others = [] if before is None else [before]
+    moved = sum(x.size * x.dtype.itemsize for x in (q, k, v, state, key_buffer, value_buffer, out, *([k, v] if write else [])))
     return pl.pallas_call(
         functools.partial(_rows_kernel, chunk_size=chunk_size, num_tokens=num_tokens, behind=len(others)),
         name=name,
@@ -279,7 +280,7 @@ def _rows(name: str, q, k, v, state, key_buffer, value_buffer, log_decay, index,
         compiler_params=triton.CompilerParams(num_warps=choice.warps, num_stages=choice.stages),
         cost_estimate=pl.CostEstimate(
             flops=rows * 2 * (chunk_size * (key_size + value_size) + key_size * value_size),
-            bytes_accessed=sum(x.size * x.dtype.itemsize for x in (q, k, v, state, key_buffer, value_buffer)),
+            bytes_accessed=moved,
             transcendentals=0,
         ),
         interpret=interpreted("gpu"),
@@ -305,6 +306,8 @@ def _fold(state, key_buffer, value_buffer, log_decay, index, state_copy):
     powers = _powers(log_decay, chunk_size)
     at, slot, head = _slot_specs(heads, 1)
     states = [state] if state_copy is None else [state, state_copy]
+    rows = batch * heads * chunk_size
+    moved = sum(x.size * x.dtype.itemsize for x in (state, key_buffer, value_buffer, *states))
     state_specs = [slot(key_size, block, True)] * len(states)
     result = pl.pallas_call(
         functools.partial(_fold_kernel, chunk_size=chunk_size),
@@ -320,7 +323,8 @@ def _fold(state, key_buffer, value_buffer, log_decay, index, state_copy):
         out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in states],
         input_output_aliases={4 + i: i for i in range(len(states))},
         compiler_params=triton.CompilerParams(num_warps=choice.warps, num_stages=choice.stages),
-        cost_estimate=pl.CostEstimate(flops=0, bytes_accessed=0, transcendentals=0),  # most steps fold nothing
+        # As if every chunk were full; of C steps one folds.
+        cost_estimate=pl.CostEstimate(flops=rows * 2 * key_size * value_size, bytes_accessed=moved, transcendentals=0),
         interpret=interpreted("gpu"),
     )(index, key_buffer, value_buffer, powers, *states)
     return (*result, None)[:2]

@@ -23,7 +23,7 @@ def product(x: jax.Array, w: jax.Array) -> jax.Array:
 
 
 def problems(dtype: DTypeLike, quick: bool) -> Iterator[Problem]:
-    """Yield the cases of the benchmark. Off the CPU the aligned product is the kernel: plain JAX would walk the rows 16 at a time."""
+    """Yield the cases of the benchmark. Off the CPU the aligned product is the kernel: plain JAX would walk them in its tiles of rows."""
     on_cpu = platform() == "cpu"
     routers = not on_cpu and not quick and dtype == jnp.float32
     fast = {"xla": functools.partial(matmul, implementation="xla")}

@@ -10,6 +10,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from pallas_kernels.aot.case import CompileCase
+from pallas_kernels.matmul.cases import COMPILE_SIZES
 from pallas_kernels.scaled_matmul import Quantized, scaled_matmul
 from pallas_kernels.scaled_matmul.quantized import GROUP
 
@@ -56,11 +57,11 @@ def operand(rows: int, depth: int, block: bool) -> Quantized:
     return Quantized(jax.ShapeDtypeStruct((rows, depth), jnp.float8_e4m3fn), scales)
 
 
-PROJECTIONS = {
-    "mini": (("qkv", 2048, 6144), ("ffn", 2048, 5120), ("expert", 2048, 512)),
-    "flash": (("qkv", 4096, 12288), ("ffn", 4096, 9216), ("expert", 4096, 1024)),
-}
-"""Name, K and N of the projections of ring-mini-linear-2.0 and ring-flash-linear-2.0. The way back out of an FFN is its input gradient."""
+WITH_GRADIENTS = [f"{model} {name}" for model in ("mini", "flash") for name in ("qkv", "ffn up", "shared up")]
+"""Compiled for all chips, with gradients and over a decode step's rows; the other products, forward, for the one with FP8 units."""
+
+RATIOS = {"v5e": 1.4, "v5p": 1.4, "v6e": 3.8, "h200": 1.1, "h200.mosaic": 0.6}
+"""Estimates over a training step's rows, in units of the floor, whose FLOPs are at the bf16 rate."""
 
 
 def compile_cases() -> Iterator[CompileCase]:
@@ -69,24 +70,27 @@ def compile_cases() -> Iterator[CompileCase]:
     And over a decode step's: y.
     """
     M, slots = 8192, 64
-    for model, (name, K, N) in ((model, projection) for model, projections in PROJECTIONS.items() for projection in projections):
-        for kernel, (rows, depth, columns), block, out_dtype in (
+    for name, (K, N) in COMPILE_SIZES.items():
+        if name.endswith("head"):  # bf16
+            continue
+        products = (
             ("forward", (M, K, N), True, jnp.bfloat16),
             ("input_gradient", (M, N, K), True, jnp.bfloat16),
             ("weight_gradient", (K, M, N), False, jnp.float32),
             ("forward", (slots, K, N), True, jnp.bfloat16),
-        ):
-            for suffix, implementation, targets in (("", "pallas", ("v5e", "v5p", "v6e", "h200")), (".mosaic", "mosaic_gpu", ("h200",))):
-                if suffix and rows == slots:
-                    continue
+        )
+        everywhere = name in WITH_GRADIENTS
+        on = [(target, "") for target in (("v5e", "v5p", "v6e") if everywhere else ())] + [("h200", ""), ("h200", ".mosaic")]
+        for kernel, (rows, depth, columns), block, out_dtype in products if everywhere else products[:1]:
+            for target, suffix in on if rows != slots else on[:-1]:
                 yield CompileCase(
                     kernel=f"scaled_matmul.{kernel}{suffix}",
-                    shape=f"{model} {name} {K}x{N}{f' {slots}' * (rows == slots)}",
-                    targets=targets,
-                    program=functools.partial(scaled_matmul, out_dtype=out_dtype, implementation=implementation),
+                    shape=f"{name} {slots if rows == slots else M}",
+                    targets=(target,),
+                    program=functools.partial(scaled_matmul, out_dtype=out_dtype, implementation="mosaic_gpu" if suffix else "pallas"),
                     arguments=(operand(rows, depth, False), operand(columns, depth, block)),
                     bytes=(rows + columns) * depth + rows * columns * jnp.dtype(out_dtype).itemsize,
                     flops=2 * rows * depth * columns,
-                    instruction=r"wgmma\.mma_async.*e4m3|vmatmul",
-                    quick=(model, name) == ("mini", "expert") and rows != slots,
+                    floor_ratio=None if rows == slots else RATIOS[target + suffix],
+                    instruction=r"wgmma\.mma_async.*m64n128k32.*e4m3|vmatmul",
                 )

@@ -33,14 +33,15 @@ def _kernel(a_ref, a_scales_ref, b_ref, b_scales_ref, out_ref, acc_ref):
 
 
 def scaled_matmul(a, b, *, out_dtype, aligned):
-    """See `api.scaled_matmul`; the rows of a tile do not see each other, so it is always aligned."""
-    del aligned
+    """See `api.scaled_matmul`; aligned, a tile has as many rows however many there are."""
     rows, columns = a.values.shape[0], b.values.shape[0]
     a, b_scales = tile.padded(a), tile.column_scales(b)
     b = tile.padded(b)
     depth = a.values.shape[1]
     size = tiles.of(tiles.SCALED_MATMUL_TPU)
-    tile_m, tile_n = (min(most, pl.cdiv(length, GROUP) * GROUP) for most, length in ((size.rows, rows), (size.columns, columns)))
+    whole_groups = lambda length: pl.cdiv(length, GROUP) * GROUP
+    tile_m = GROUP if aligned else min(size.rows, whole_groups(rows))
+    tile_n = min(size.columns, whole_groups(columns))
     groups = tile.divisor(depth // GROUP, size.depth // GROUP)
     tile_k = groups * GROUP
     return pl.pallas_call(

@@ -44,7 +44,7 @@ class QuantizedRows(NamedTuple):
     """Activations [*rows, K] on their way to products in FP8, as the layer in front of them leaves them.
 
     plain [*rows, K]: in the dtype of activations, or None where nothing reads them.
-    values [*rows, K] and scales [K / 128, N], of the N rows flat: the operand of a product.
+    values [*rows, K] and scales [K / 128, N], of the N rows flat: the operand of a product, or None where only its gradient wants them.
     columns: the rows flat, quantised along the rows, [K, N]: the operand of the gradient of its weight, or None.
     carrier [*rows, K]: what gradients flow through; the plain rows, or zeros that nothing reads, or None where there is no gradient.
     """

@@ -49,12 +49,9 @@ def assert_aligned(rows: list[align.Row]) -> None:
         assert row.tokens > 0
 
 
-# `make gates` has the command's own programs, in fp32 and in bf16 with remat: here they are compiled fast, or (slow) as users do.
-REPORTS = [("fp32", "mixers"), *(pytest.param(*how, marks=pytest.mark.slow) for how in (("bf16", "mixers"), ("fp32", "full")))]
-
-
+@pytest.mark.slow  # `make gates` has the command's own reports, in fp32, in bf16 with remat, and of interpreted kernels
 @pytest.mark.usefixtures("unoptimised")
-@pytest.mark.parametrize(("precision", "remat"), REPORTS)
+@pytest.mark.parametrize(("precision", "remat"), [("fp32", "mixers"), ("bf16", "mixers"), ("fp32", "full")])
 def test_report(two_layers, monkeypatch, precision, remat):
     monkeypatch.setattr(align, "DECODE_BATCHES", (5,))
     monkeypatch.setattr(align, "PIECES", (100, 28))

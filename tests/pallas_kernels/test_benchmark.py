@@ -129,6 +129,7 @@ GPU_PEERS = {
     }
     | {"mini qk_norm_rope": EQUATIONS, "mini route": EQUATIONS},
     "grouped_matmul": {f"mini gate_up 8192{routing}": EXPERTS for routing in ("", " skewed", " one")}
+    | {f"{case} experts": EXPERTS for case in ("mini gate_up 8192 skewed", "mini gate_up 64", "flash gate_up 8192")}
     | {"mini gate_up 8192 all": peers("lax.ragged_dot"), "mini gate_up 64": EXPERTS},
     "grouped_scaled_matmul": {f"mini gate_up 8192{routing}": peers("grouped_matmul") for routing in ("", " skewed", " one")},
     "lightning_attention": {

@@ -126,7 +126,12 @@ BF16_CASES = ["odd_length", "segments_and_state", "chunk_128", "strong_decay"]
     ("mode", "name", "dtype"),
     [(mode, name, "fp32") for mode in MODES for name in TEST_CASES]
     + [(mode, name, "bf16") for mode in MODES for name in (TEST_CASES if mode == "aligned" else BF16_CASES)]
-    + [pytest.param("fast", name, "bf16", marks=pytest.mark.slow) for name in TEST_CASES if name not in BF16_CASES]
+    + [
+        pytest.param(mode, name, "bf16", marks=pytest.mark.slow)
+        for mode in MODES
+        for name in TEST_CASES
+        if mode != "aligned" and name not in BF16_CASES
+    ]
     + [
         pytest.param("pallas_gpu", name, dtype, marks=ON_GPU, id=f"native-{name}-{dtype}")
         for name in (*TEST_CASES, "released")
@@ -146,7 +151,9 @@ def test_value_and_gradients(name, dtype, mode):
 
 
 @pytest.mark.parametrize("mode", ["pallas_tpu", "pallas_gpu"])
-@pytest.mark.parametrize("name", BF16_CASES)
+@pytest.mark.parametrize(
+    "name", [*BF16_CASES, *(pytest.param(name, marks=pytest.mark.slow) for name in TEST_CASES if name not in BF16_CASES)]
+)
 def test_value_and_gradients_of_rounded_operands(name, mode, rounding):
     case = TEST_CASES[name]
     given = inputs(case, jnp.bfloat16)

@@ -10,11 +10,11 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from jax._src.pallas.mosaic_gpu.interpret.interpret_pallas_call import get_races  # jax has no public name for it
 
-from pallas_kernels import tiles
+from pallas_kernels import compat, tiles
 from pallas_kernels.compat import INTERPRETS_CLUSTERS
 from pallas_kernels.scaled_matmul import Quantized, fp8_matmul, quantize_rows, reference, scaled_matmul
 from pallas_kernels.scaled_matmul import quantize as quantize_array
-from pallas_kernels.scaled_matmul.cases import TEST_CASES, Case, inputs
+from pallas_kernels.scaled_matmul.cases import TEST_CASES, Case, inputs, operand
 from pallas_kernels.scaled_matmul.quantized import GROUP, LARGEST, SMALLEST_SCALE
 from tests.pallas_kernels.programs import DTYPES, ON_GPU, in_float64, jit_for_values, jit_of, random_like, with_gradients
 from tests.pallas_kernels.tolerances import assert_close, assert_same_bits, fp8_tolerance, rms
@@ -96,6 +96,22 @@ def test_rows_do_not_depend_on_how_many_there_are(implementation):
     for rows in (1, 128, 129):
         for part in (slice(rows), slice(300 - rows, None)):
             assert_same_bits(product(implementation)(Quantized(a.values[part], a.scales[:, part]), b), everything[part])
+
+
+@pytest.mark.parametrize("kind", ["v5e", "v5p", "v6e", "h200"])
+def test_one_tile_for_any_number_of_rows(kind):
+    """The products of a kernel's program are the same for 1 and 8192 rows; what differs is the grid."""
+
+    def products(rows):
+        with compat.compiling_for(kind):
+            f = functools.partial(scaled_matmul, out_dtype=jnp.bfloat16, aligned=True)
+            jaxpr = jax.make_jaxpr(f)(operand(rows, 2048, False), operand(6144, 2048, True))
+        (call,) = (e for e in compat.equations(jaxpr) if e.primitive.name == "pallas_call")
+        found = (e for e in compat.equations(call.params["jaxpr"]) if e.primitive.name == "dot_general")
+        return [(str(e), *(str(x.aval) for x in e.invars)) for e in found]
+
+    assert products(1) == products(64) == products(300) == products(8192)
+    assert products(1)
 
 
 @pytest.mark.parametrize("block", [False, True])
@@ -303,7 +319,7 @@ needs_clusters = pytest.mark.skipif(not INTERPRETS_CLUSTERS, reason="the interpr
     ("name", "block", "kind"),
     [
         ("whole_tiles", True, "cpu"),
-        ("all_odd", False, "cpu"),
+        pytest.param("all_odd", False, "cpu", marks=pytest.mark.slow),
         pytest.param("all_odd", True, "h200", marks=needs_clusters),
         pytest.param("all_odd", False, "h200", marks=needs_clusters),
     ],

@@ -75,7 +75,7 @@ def through_cache(programs, documents, seed, steps_only_after=None, paged=False)
 
 SPLITS = [
     pytest.param({"stacked": True, "dtype": "float32"}, 64, id="fp32-64"),
-    pytest.param({"stacked": False, "dtype": "bfloat16"}, 128, id="bf16-128"),
+    pytest.param({"stacked": False, "dtype": "bfloat16"}, 128, id="bf16-128", marks=pytest.mark.slow),
     pytest.param({"stacked": False, "dtype": "float32"}, 128, id="fp32-128", marks=pytest.mark.slow),
     pytest.param({"stacked": True, "dtype": "bfloat16"}, 64, id="bf16-64", marks=pytest.mark.slow),
     pytest.param({"stacked": False, "dtype": "bfloat16", "fp8": True}, 64, id="fp8-64", marks=pytest.mark.slow),

@@ -124,6 +124,7 @@ def test_nan_skips_the_step():
     same_bits((state.params, state.optimizer, state.balance), (expected.params, expected.optimizer, expected.balance))
 
 
+@pytest.mark.slow
 def test_fp8_gradients_do_not_depend_on_what_layers_emit(monkeypatch):
     """Rows and columns in FP8, with a gradient through their carrier, and gradients in FP8; or plain rows, and products quantise all."""
     batch, how = make_batch(2, GRID), Numerics(aligned=False, fp8=True, remat="mixers")  # fp32: no rounding parts the two
