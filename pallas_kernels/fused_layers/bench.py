@@ -20,7 +20,7 @@ from pallas_kernels.scaled_matmul import Quantized, quantize
 from pallas_kernels.scaled_matmul.reference import dequantize
 
 PEER = "peer: its equations, by XLA"
-TARGETS = dict.fromkeys(("forward", "both"), (Target(1.3, "floor", "1.3x of a copy"),))
+TARGETS: dict[str, tuple[Target, ...]] = {kind: (Target(1.3, "floor", "1.3x of a copy"),) for kind in ("forward", "both")}
 
 
 def smooth(case: Case, layer: Callable, dtypes: Any = None) -> Callable:

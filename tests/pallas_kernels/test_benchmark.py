@@ -93,7 +93,8 @@ def test_an_implementation_in_place_gets_its_own_results_back():
     assert records["ours", "forward"]["error"] == records["peer: exact", "forward"]["error"] == 0
 
 
-@pytest.mark.parametrize("slots", [pytest.param(1, marks=pytest.mark.slow), 3])
+@pytest.mark.slow
+@pytest.mark.parametrize("slots", [1, 3])
 def test_the_decode_benchmark_compares_like_with_like(slots):
     """Our step, on the state at the chunk's start and the buffers, and the recurrent one, on the state of now."""
     one = lightning.decode("tiny", DecodeCase(slots, 2, size=16, C=64), jnp.float32)
