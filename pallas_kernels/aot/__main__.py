@@ -89,7 +89,7 @@ class Worker:
 
 def lines(row: dict[str, Any]) -> list[str]:
     """Return a row as text: a line for each kernel (equal ones share it), under one for the program if it has several, and what failed."""
-    title, text = f"{row['kernel']:<38}{row['shape']:<26}{row['target']:<6}", []
+    title, text = f"{row['kernel']:<38}{row['shape']:<34}{row['target']:<6}", []
     several = len(row["kernels"]) > 1
     if several:
         ratio, size = row["estimate"] / row["floor"], row["memory"] / 2**20
@@ -107,7 +107,7 @@ def lines(row: dict[str, Any]) -> list[str]:
         bound = max(k["times"], key=k["times"].get)
         matrix = ", ".join(f"{found} {name}" for name, found in k["instructions"].items())
         called = f"{number} x {k['kernel']}" if number > 1 else k["kernel"]
-        label = f"  {called:<68}" if several else title
+        label = f"  {called:<76}" if several else title
         text.append(f"{label}{size}{work}{times}{k['estimate'] / row['floor']:>6.2f}  {bound:<8}{matrix}")
     if "unfused" in row:
         fused, unfused = row["moved"] / 1e6, row["unfused"] / 1e6
@@ -115,12 +115,12 @@ def lines(row: dict[str, Any]) -> list[str]:
             f"  moves {fused:.1f} MB; without kernels, as the compiler fuses it, {unfused:.1f} MB: {unfused / fused:.2f} times as many"
         )
     if row["failed"]:
-        text.append(f"{'' if text else title:<70} FAILS: {'; '.join(row['failed'])}")
+        text.append(f"{'' if text else title:<78} FAILS: {'; '.join(row['failed'])}")
     return text
 
 
 _NUMBERS = f"{'KiB':>9}{'regs':>5}{'spills':>9}{'cycles':>9}{'empty':>7}{'MB':>10}{'floor us':>10}{'est us':>10}{'ratio':>8}"
-HEADER = f"{'kernel':<38}{'shape':<26}{'chip':<6}{_NUMBERS}  bound   matrix instructions"
+HEADER = f"{'kernel':<38}{'shape':<34}{'chip':<6}{_NUMBERS}  bound   matrix instructions"
 
 
 def main() -> int:

@@ -91,7 +91,8 @@ def test_lowered_program_does_not_grow_with_depth(gradient):
     assert abs(many - few) <= 0.05 * few
 
 
-@pytest.mark.parametrize("gradient", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("gradient", [False, True])
 def test_compiled_program_does_not_grow_with_depth(gradient):
     instructions = lambda text: len(re.findall(r"^\s+(?:ROOT )?%?[\w.-]+ = ", text, re.MULTILINE))
     few, many = (instructions(lowered(layers, gradient, aligned=False).compile().as_text()) for layers in (20, 40))

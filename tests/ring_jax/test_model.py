@@ -207,8 +207,10 @@ def test_the_copy_of_the_state_is_the_rounded_state(documents):
     assert all(same_bits(layer.copy, layer.state.astype(jnp.bfloat16)) for layer in linear(copied))
 
 
-@pytest.mark.parametrize("stacked", [True, False])
-@pytest.mark.parametrize("num_dense_layers", [1, 2])
+@pytest.mark.parametrize(
+    ("num_dense_layers", "stacked"),
+    [(1, True), (2, False), *(pytest.param(*how, marks=pytest.mark.slow) for how in ((1, False), (2, True)))],
+)
 def test_hidden_state_of_one_column(documents, num_dense_layers, stacked):
     """It has the bits that it has among those of all columns, and so has the cache, wherever the padding is.
 
@@ -234,6 +236,7 @@ def test_hidden_state_of_one_column(documents, num_dense_layers, stacked):
     assert same_bits(jax.tree.leaves(after), jax.tree.leaves(cache))
 
 
+@pytest.mark.slow  # `make gates` compares the layouts of the golden checkpoints: training's and inference's
 def test_stacked_is_unstacked(tmp_path, documents):
     """The layout of the parameters, and so the scan, changes no bit."""
     config = dataclasses.replace(SMALL, num_layers=7, period=2)  # a group with the dense layer, a scan of two groups, a trailing layer
