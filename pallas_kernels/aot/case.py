@@ -236,9 +236,13 @@ def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(lines[:3])}"[:400]
 
 
-def is_named(compiled: str, name: str) -> bool:
-    """Return whether a compiled kernel's name is that of a `pallas_call`, perhaps with its transformations around and a number behind."""
-    return re.fullmatch(r"(\w*_)?" + re.sub(r"\W", "_", name) + r"_*([._]\d+)?", compiled) is not None
+def called(compiled: str, names: Iterable[str]) -> str | None:
+    """Return which of a program's `pallas_call`s a compiled kernel is: by name, perhaps with transformations around and a number behind.
+
+    The longest name that fits: `grouped_matmul_forward` is no `matmul_forward` that was transformed.
+    """
+    is_named = lambda name: re.fullmatch(r"(\w*_)?" + re.sub(r"\W", "_", name) + r"_*([._]\d+)?", compiled)
+    return max(filter(is_named, names), key=len, default=None)
 
 
 def loop_weights(length: int, loops: Iterable[tuple[int, int]], kernel: Any, turns: int | None = None) -> tuple[list[int], bool]:

@@ -207,8 +207,9 @@ def compile_case(case: gates.CompileCase, target: str, folder: str) -> dict[str,
         parts |= {match[1]: match[2] for match in re.finditer(r"\.entry (\w+)\((.*?)\n}", path.read_text(encoding="utf-8"), re.DOTALL)}
     sequence = "\n".join(path.read_text(encoding="utf-8") for path in pathlib.Path(folder).glob("*thunk_sequence.txt"))
     launches = re.findall(r"(\w+) grid: \[(\d+), (\d+), (\d+)\] threads: \[(\d+).*?shared_memory: (\d+)", sequence)
-    kernels, moves = [], []
-    for equation in gates.kernels_of(traced):
+    kernels, moves, equations = [], [], list(gates.kernels_of(traced))
+    names = {equation.params["name"] for equation in equations}
+    for equation in equations:
         name, moved = equation.params["name"], moved_bytes(equation)
         moves.append(moved)
         if mosaic_gpu.is_kernel(equation):
@@ -216,7 +217,7 @@ def compile_case(case: gates.CompileCase, target: str, folder: str) -> dict[str,
             rates = {"memory": chip.bandwidth, "l2": _L2_BANDWIDTH, "tensor": _MATRIX_RATE["e4m3"] * chip.clock * chip.cores}
             kernels.append(mosaic_gpu.record(equation, moved, folder, resources, rates, chip.cores))
             continue
-        launch = next((launch for launch in launches if gates.is_named(launch[0], name)), None)
+        launch = next((launch for launch in launches if gates.called(launch[0], names) == name), None)
         if launch is None:
             continue  # an equal kernel was listed, or nothing uses it
         launches.remove(launch)

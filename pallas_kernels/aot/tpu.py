@@ -129,13 +129,15 @@ def compile_case(case: gates.CompileCase, target: str, folder: str) -> dict[str,
         )
     )
     kernels, moves, listed = [], [], {}
-    for equation in gates.kernels_of(traced):
+    equations = list(gates.kernels_of(traced))
+    names = {equation.params["name"] for equation in equations}
+    for equation in equations:
         name, mapping, semantics = (equation.params[key] for key in ("name", "grid_mapping", "compiler_params"))
         grid, semantics = tuple(mapping.grid), getattr(semantics, "dimension_semantics", None) or ()
         moved = moved_bytes(grid, mapping)
         moves.append(moved)
         like = name, grid, tuple(str(x.aval) for x in (*equation.invars, *equation.outvars))
-        hlo = next((n for n in bundles if gates.is_named(n, name)), None)
+        hlo = next((n for n in bundles if gates.called(n, names) == name), None)
         if hlo is None:  # an equal kernel was listed, or nothing uses it
             kernels += [listed[like]] if like in listed else []
             continue

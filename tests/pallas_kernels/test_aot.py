@@ -120,6 +120,14 @@ def test_slices_of_many_chips(tmp_path):
         assert rows[target]["sizes"]["argument"] == 2 * 2 * 2048 * 2048 // devices, "a chip has its part of the operands"
 
 
+def test_a_compiled_kernel_is_the_call_with_the_longest_name_that_fits():
+    names = {"matmul_forward", "grouped_matmul_forward", "flash.dq"}
+    compiled = {"matmul_forward.3": "matmul_forward", "jvp_matmul_forward__1": "matmul_forward", "vmap_flash_dq_": "flash.dq"}
+    compiled |= {"grouped_matmul_forward": "grouped_matmul_forward", "jvp_grouped_matmul_forward.12": "grouped_matmul_forward"}
+    assert {name: gates.called(name, names) for name in compiled} == compiled
+    assert gates.called("matmul_forward_more", names) is None
+
+
 def test_one_case_of_each_kernel_is_quick():
     named = lambda kernel, **how: CASE._replace(kernel=kernel, **how)
     cases = [named("a.b", bytes=2.0), named("a.b"), named("c"), named("a.d", targets=("v5e", "v5p")), named("e", unfused=lambda: None)]
