@@ -163,6 +163,8 @@ def test_value_and_gradients_of_rounded_operands(name, mode, rounding):
     actual = jit_for_values(with_gradients(f))(differentiable, cotangents)
     wanted = in_float64(truth(name), differentiable, given.log_decay, given.reset, cotangents)
     assert_close(actual, wanted, jnp.bfloat16)
+    if case.T == 1:  # one product each way: its operands' rounding is hardly more than the result's
+        return
     for rounded, exact in zip((actual[0][0], *actual[1][:3]), (wanted[0][0], *wanted[1][:3]), strict=True):
         floor = rms(exact.astype(jnp.bfloat16).astype(np.float64) - exact)
         assert rms(rounded - exact) > 1.2 * floor  # it is the floor where operands are not rounded
