@@ -446,7 +446,7 @@ def compile_cases() -> Iterator[CompileCase]:
             fewer_bytes=1 / 1.5,
         )
     for model, mixer, targets in (
-        ("mini", "linear", ("v6e", "h200")),
+        ("mini", "linear", ("v5p", "v6e", "h200")),
         ("mini", "softmax", ("v5p", "h200")),
         ("flash", "linear", ("v5p", "h200")),
         ("flash", "softmax", ("v6e", "h200")),

@@ -94,7 +94,7 @@ def _compile(kernel: str, name: str, sizes: tuple[int, int, int], dtype: DTypeLi
     # A decode step's few rows are at the time of a tile's instructions on a GPU, and everywhere in fp32. Of short sums a tile's operands
     # and result take as long as its products, and of few columns a GPU's tile is narrow.
     on_gpu = (1.35 if columns >= 4096 else 1.8) * (1.2 if terms <= 1024 else 1)
-    on_tpu = 1.25 if terms > 1024 and columns > 1024 else 1.35
+    on_tpu = 1.25 if exact or (terms > 1024 and columns > 1024) else 1.35
     ratios = {"pallas_tpu": None if exact and num <= 64 else on_tpu, "pallas_gpu": on_gpu if num > 64 else None}
     for implementation, targets in {"pallas_tpu": ("v5e", "v5p", "v6e"), "pallas_gpu": ("h200",)}.items():
         product = functools.partial(matmul, aligned=True, implementation=implementation)
