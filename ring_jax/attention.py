@@ -30,7 +30,7 @@ class SoftmaxAttention(nnx.Module):
     ) -> tuple[Float[Array, "B R D"], SoftmaxCache | None]:
         """Return the mixer's output for the wanted tokens and the cache after the call's tokens."""
         config = self.config
-        q, k, v = self.head_norms.project(x, self.qkv[...], config.num_kv_heads, place.cos, place.sin)
+        q, k, v = self.head_norms.project(x, self.qkv.get_value(), config.num_kv_heads, place.cos, place.sin)
         q, k, v = name(q, "query"), name(k, "key"), name(v, "value")
         if cache is not None:
             cache = _write(cache, k, v, place)
@@ -41,7 +41,7 @@ class SoftmaxAttention(nnx.Module):
         else:
             o = flash_attention_paged(q, k, v, place.pages, start, stop, **self.numerics.ops)
         o = name(o, "mixer")
-        return name(self.numerics.matmul(o.reshape(*o.shape[:2], -1), self.out[...]), "mixer_out"), cache
+        return name(self.numerics.matmul(o.reshape(*o.shape[:2], -1), self.out.get_value()), "mixer_out"), cache
 
 
 def _write(cache: SoftmaxCache, k: Float[Array, "B T G K"], v: Float[Array, "B T G V"], place: Placement) -> SoftmaxCache:

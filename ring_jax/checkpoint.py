@@ -29,7 +29,7 @@ from ring_jax.convert.names import check, parameters
 from ring_jax.convert.shards import Tensors
 from ring_jax.convert.store import Checkpoint, Reader
 from ring_jax.model import Ring
-from ring_jax.numerics import DTYPES, BalanceBias, Numerics, round_weight
+from ring_jax.numerics import DTYPES, BalanceBias, Numerics, inference_weights
 from ring_jax.tokenizer import Tokenizer
 
 absl.logging.set_verbosity(absl.logging.FATAL)  # orbax tells of each default it fills in, and of each error that it also raises
@@ -342,7 +342,7 @@ def load_weights(path: str | pathlib.Path, config: ModelConfig, params: Any, bal
 
 
 def build(config: ModelConfig, numerics: Numerics, arrays: dict[str, Any], *, stacked: bool = True, mesh: Any = None) -> Ring:
-    """Return a model with these arrays by dotted path, rounded to the numerics' dtype once, on the mesh if there is one.
+    """Return a model with these arrays by dotted path, rounded (in FP8 quantised) once, on the mesh if there is one.
 
     The arrays are taken out of the dictionary one by one: two copies of a large model would not fit.
     """
@@ -355,7 +355,10 @@ def build(config: ModelConfig, numerics: Numerics, arrays: dict[str, Any], *, st
         if mesh is not None:
             array = jax.device_put(array, sharding.shardings(variable, mesh).get_value())
         fp32 = isinstance(variable, BalanceBias) or variable.get_metadata("keep_fp32", False)
-        return variable.replace(array.astype("float32") if fp32 else round_weight(array, numerics.dtype))
+        if fp32:
+            return variable.replace(array.astype("float32"))
+        variable = inference_weights(variable.replace(array), numerics)
+        return variable if mesh is None else jax.device_put(variable, sharding.shardings(variable, mesh))
 
     is_variable = lambda x: isinstance(x, nnx.Variable)
     params, balance = (jax.tree_util.tree_map_with_path(take, tree, is_leaf=is_variable) for tree in (params, balance))

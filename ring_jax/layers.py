@@ -11,15 +11,20 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.fused_layers import qk_norm_rope, residual_rms_norm, swiglu
-from pallas_kernels.scaled_matmul import QuantizedRows
+from pallas_kernels.scaled_matmul import Quantized, QuantizedRows
 from ring_jax.config import ModelConfig
 from ring_jax.numerics import Numerics, Table
 
 
-def weight(rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str | None, ...], scale: float, **metadata) -> nnx.Param:
-    """Return a normal(0, scale) parameter that knows its logical axes (see sharding.RULES) and its unsharded shape."""
+def weight(
+    rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str | None, ...], scale: float, *, fp8: bool = True, **metadata
+) -> nnx.Param:
+    """Return a normal(0, scale) parameter that knows its logical axes (see sharding.RULES) and its unsharded shape.
+
+    fp8: in that precision it is quantised, on its way to a product or where it is loaded (see `numerics.inference_weights`).
+    """
     value = scale * jax.random.normal(rngs.params(), shape, jnp.float32)
-    return nnx.Param(value, logical_axes=axes, full_shape=shape, **metadata)
+    return nnx.Param(value, logical_axes=axes, full_shape=shape, fp8=fp8, **metadata)
 
 
 def norm_weight(size: int) -> nnx.Param:
@@ -86,7 +91,7 @@ class HeadNorms(nnx.Module):
     def project(
         self,
         x: Float[Array, "B T D"] | QuantizedRows,
-        qkv: Float[Array, "D F"],
+        qkv: Float[Array, "D F"] | Quantized,
         num_kv_heads: int,
         cos: Float[Array, "B T half"],
         sin: Float[Array, "B T half"],
@@ -108,4 +113,4 @@ class SwiGLU(nnx.Module):
     def __call__(self, x: Float[Array, "B T D"] | QuantizedRows) -> Float[Array, "B T D"]:
         """Return the FFN's output."""
         gated = functools.partial(swiglu, emit=self.numerics.emit())
-        return self.numerics.matmul(self.numerics.matmul(x, self.gate_up[...], gated), self.down[...])
+        return self.numerics.matmul(self.numerics.matmul(x, self.gate_up.get_value(), gated), self.down.get_value())

@@ -48,11 +48,11 @@ class LinearAttention(nnx.Module):
     ) -> tuple[Float[Array, "B T D"], LinearCache | None]:
         """Return the mixer's output and the cache after the call's tokens."""
         config, product = self.config, self.numerics.matmul
-        q, k, v = self.head_norms.project(x, self.qkv[...], config.num_heads, place.cos, place.sin)
+        q, k, v = self.head_norms.project(x, self.qkv.get_value(), config.num_heads, place.cos, place.sin)
         o, cache = self.attend(name(q, "query"), name(k, "key"), name(v, "value"), place, cache)
         o = name(o, "mixer").reshape(*o.shape[:2], -1)
-        o = name(product(x, self.gate[...], self.gated_norm, rows=[o], weights=[self.group_norm[...]]), "gated")
-        return name(product(o, self.out[...]), "mixer_out"), cache
+        o = name(product(x, self.gate.get_value(), self.gated_norm, rows=[o], weights=[self.group_norm[...]]), "gated")
+        return name(product(o, self.out.get_value()), "mixer_out"), cache
 
     def gated_norm(
         self, gate: Float[Array, "*rows D"] | Product, o: Float[Array, "*rows D"], weight: Float[Array, " D"], **how: Any

@@ -104,11 +104,11 @@ class Ring(nnx.Module):
 
     def __init__(self, config: ModelConfig, numerics: Numerics = Numerics(), *, rngs: nnx.Rngs, stacked: bool = True):
         self.config, self.numerics, self.pattern = config, numerics, layer_pattern(config, stacked)
-        self.embedding = weight(rngs, (config.vocab_size, config.hidden_size), ("vocab", "embed"), config.init_scale)
+        self.embedding = weight(rngs, (config.vocab_size, config.hidden_size), ("vocab", "embed"), config.init_scale, fp8=False)
         self.segments = nnx.List([nnx.List([_stack(config, numerics, run, rngs) for run in segment]) for segment in self.pattern])
         self.norm = RMSNorm(config, numerics)
         if not config.tie_embeddings:
-            self.head = weight(rngs, (config.hidden_size, config.vocab_size), ("embed", "vocab"), config.init_scale)
+            self.head = weight(rngs, (config.hidden_size, config.vocab_size), ("embed", "vocab"), config.init_scale, fp8=False)
         self.rotary = Rotary()
         self.mtp = nnx.List([MultiTokenPrediction(config, numerics, rngs=rngs) for _ in range(config.num_mtp_layers)])
         self.init_tables()

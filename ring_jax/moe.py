@@ -32,7 +32,7 @@ class MoE(nnx.Module):
     def __init__(self, config: ModelConfig, numerics: Numerics, *, rngs: nnx.Rngs):
         width, size, experts, scale = config.hidden_size, config.expert_size, config.num_experts, config.init_scale
         self.config, self.numerics = config, numerics
-        self.router = weight(rngs, (width, experts), ("embed", None), scale, keep_fp32=True)
+        self.router = weight(rngs, (width, experts), ("embed", None), scale, fp8=False, keep_fp32=True)
         self.bias = BalanceBias(jnp.zeros(experts), logical_axes=(None,), full_shape=(experts,))
         self.gate_up = weight(rngs, (experts, width, 2 * size), ("experts", "embed", "ffn"), scale)
         self.down = weight(rngs, (experts, size, width), ("experts", "ffn", "embed"), scale / math.sqrt(2 * config.num_layers))
@@ -95,10 +95,10 @@ class MoE(nnx.Module):
         self, rows: Float[Array, "N D"] | QuantizedRows, experts: Int[Array, "N A"], weights: Float[Array, "N A"]
     ) -> Float[Array, "N D"]:
         """The weighted sum of the outputs of each row's experts, which are this device's; E and above is none."""
-        gate_up, down = self.gate_up[...], self.down[...]
-        row_tile = row_tile_for(experts.size, gate_up.shape[0], aligned=self.numerics.aligned)
-        groups = group_rows(experts.reshape(-1), gate_up.shape[0], row_tile)
-        return self.numerics.grouped_mlp(rows, gate_up, down, groups, weights, row_tile)
+        num_experts = self.config.num_experts // sharding.manual_axes().get("expert", 1)
+        row_tile = row_tile_for(experts.size, num_experts, aligned=self.numerics.aligned)
+        groups = group_rows(experts.reshape(-1), num_experts, row_tile)
+        return self.numerics.grouped_mlp(rows, self.gate_up.get_value(), self.down.get_value(), groups, weights, row_tile)
 
 
 def balance(bias: Float[Array, "*layers E"], load: Float[Array, "*layers E"], rate: float) -> Float[Array, "*layers E"]:

@@ -35,7 +35,7 @@ class MultiTokenPrediction(nnx.Module):
         def predict(state, hidden, next_embedding):
             layer = nnx.merge(graph, sharding.gather(state))
             both = jnp.concatenate([layer.embedding_norm(next_embedding)[1], layer.hidden_norm(hidden)[1]], axis=-1)
-            x, _, stats = layer.block(self.numerics.matmul(both, layer.project[...]).astype(jnp.float32), place, None)
+            x, _, stats = layer.block(self.numerics.matmul(both, layer.project.get_value()).astype(jnp.float32), place, None)
             assert stats is not None
             return layer.norm(x)[1], stats
 

@@ -14,7 +14,7 @@ from pallas_kernels.fused_layers import swiglu
 from pallas_kernels.grouped_matmul import Groups, combine_groups, gather_weights, grouped_mlp
 from pallas_kernels.grouped_scaled_matmul import fp8_gather_grouped_matmul, fp8_grouped_matmul
 from pallas_kernels.matmul import itself, matmul
-from pallas_kernels.scaled_matmul import QuantizedRows, fp8_matmul
+from pallas_kernels.scaled_matmul import Quantized, QuantizedRows, fp8_matmul, quantize_weights
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp8": "bfloat16"}
 """Precisions, and the dtype of weights and activations in each: FP8 is what products quantise their operands to."""
@@ -29,7 +29,8 @@ class Numerics:
     dtype: of weights and activations in products; the residual stream, states, statistics, router and logits are fp32.
     remat: what the gradient recomputes: "none", "full" (whole blocks) or "mixers" (all but the mixers' outputs).
     fp8: products with weights (not the router's, nor the head's) quantise both operands, in blocks, forward and backward.
-    gradients: the forward may be differentiated; in FP8, layers in front of products then leave what the gradients of weights take, too.
+    gradients: the forward may be differentiated; in FP8, layers in front of products then leave what the gradients of weights take, too,
+        and weights are quantised on their way to products, which a model without gradients may hold in FP8 (`inference_weights`).
     unroll: layers that one turn of a loop over layers computes (what it keeps for the gradient is then not copied into a stack).
     kernels: how ops are computed: "auto" (the platform's best), "xla", "pallas" (on a CPU: interpreted), or an implementation's name.
     """
@@ -68,7 +69,12 @@ class Numerics:
         return ("plain",) * plain + ("rows",) + ("columns",) * self.gradients
 
     def matmul(
-        self, x: jax.Array | QuantizedRows, w: jax.Array, epilogue: Callable = itself, rows: Sequence = (), weights: Sequence = ()
+        self,
+        x: jax.Array | QuantizedRows,
+        w: jax.Array | Quantized,
+        epilogue: Callable = itself,
+        rows: Sequence = (),
+        weights: Sequence = (),
     ) -> Any:
         """Return `matmul` of rows x [*rows, D] and a weight w [D, F], and what follows it, in the precision of products."""
         if self.fp8:
@@ -76,13 +82,14 @@ class Numerics:
             y = fp8_matmul(x, w, out_dtype=self.dtype, returns_fp8=returns_fp8, **self.ops)
             return epilogue(y, *rows, *weights, **self.ops)
         assert isinstance(x, jax.Array)
+        assert isinstance(w, jax.Array)
         return matmul(x, w, epilogue, rows, weights, **self.ops)
 
     def grouped_mlp(
         self,
         x: jax.Array | QuantizedRows,
-        w_in: jax.Array,
-        w_out: jax.Array,
+        w_in: jax.Array | Quantized,
+        w_out: jax.Array | Quantized,
         groups: Groups,
         weights: jax.Array,
         row_tile: int,
@@ -95,6 +102,8 @@ class Numerics:
             out: Any = fp8_grouped_matmul(hidden, w_out, groups.tiles, **how)
             return combine_groups(out, groups, num_slots, implementation=self.kernels)
         assert isinstance(x, jax.Array)
+        assert isinstance(w_in, jax.Array)
+        assert isinstance(w_out, jax.Array)
         return grouped_mlp(x, w_in, w_out, groups, weights, row_tile=row_tile, **self.ops)
 
 
@@ -125,14 +134,32 @@ def round_weight(weight: jax.Array, dtype: str) -> jax.Array:
 
 
 def round_weights(params: Any, dtype: str) -> Any:
-    """Return the parameters as the forward reads them; those marked `keep_fp32` (routers) stay. Idempotent."""
+    """Return the parameters as the forward reads them; those marked `keep_fp32` (routers) stay, and those in FP8. Idempotent."""
 
     def leaf(variable: nnx.Variable) -> nnx.Variable:
-        if variable.get_metadata("keep_fp32", False):
+        if variable.get_metadata("keep_fp32", False) or isinstance(variable.get_value(), Quantized):
             return variable
         return variable.replace(round_weight(variable.get_value(), dtype))
 
     return jax.tree.map(leaf, params, is_leaf=lambda x: isinstance(x, nnx.Variable))
+
+
+_quantize = jax.jit(quantize_weights)  # at once: by itself each step would leave an array of the weight's size
+
+
+def inference_weights(params: Any, how: Numerics) -> Any:
+    """Return the parameters as a model that is loaded holds them: rounded once, and quantised once where products take them in FP8.
+
+    They are the very numbers that training's products quantise on the way. With `how.gradients` all stay in the dtype of products.
+    """
+
+    def leaf(variable: nnx.Variable) -> nnx.Variable:
+        if not variable.get_metadata("fp8", False) or isinstance(variable.get_value(), Quantized):
+            return variable
+        return variable.replace(_quantize(variable.get_value()))
+
+    params = round_weights(params, how.dtype)
+    return jax.tree.map(leaf, params, is_leaf=lambda x: isinstance(x, nnx.Variable)) if how.fp8 and not how.gradients else params
 
 
 def num_bytes(tree: Any) -> int:

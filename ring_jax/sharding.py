@@ -23,6 +23,8 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from pallas_kernels.scaled_matmul import Quantized
+from pallas_kernels.scaled_matmul.quantized import GROUP
 from ring_jax.config import ModelConfig
 
 AXES = ("data", "fsdp", "expert", "tensor", "context")
@@ -124,12 +126,26 @@ def _is_variable(x: Any) -> bool:
     return isinstance(x, nnx.Variable)
 
 
-def _variable_spec(variable: nnx.Variable, mesh: Any) -> P:
-    axes, shape = variable.get_metadata("logical_axes", None), variable.get_metadata("full_shape", None)
-    if axes is None or shape is None:
-        return P()
-    stacked = variable.get_value().ndim - len(shape)
-    return spec(axes, (1,) * stacked + tuple(shape), mesh)
+def _each_array(fun: Callable, variable: nnx.Variable) -> Any:
+    """The variable's value with `fun` of each array, of the logical axes of the array's last dimensions, and of their unsharded sizes.
+
+    A weight [*lead, K, N] in FP8 is two arrays: values [*lead, N, K], and scales of blocks.
+    """
+    value, axes, shape = variable.get_value(), variable.get_metadata("logical_axes", ()), variable.get_metadata("full_shape", ())
+    if not isinstance(value, Quantized):
+        return fun(value, axes, shape)
+    *lead, depth, columns = range(len(axes))
+    swapped = lambda x: tuple(x[i] for i in (*lead, columns, depth))
+    blocks = tuple(size if i in lead else -(-size // GROUP) for i, size in enumerate(shape))
+    return Quantized(fun(value.values, swapped(axes), swapped(shape)), fun(value.scales, axes, blocks))
+
+
+def _array_spec(mesh: Any, array: Any, axes: Sequence[str | None], shape: Sequence[int]) -> P:
+    return spec(axes, (1,) * (array.ndim - len(shape)) + tuple(shape), mesh) if axes else P()
+
+
+def _variable_spec(variable: nnx.Variable, mesh: Any) -> Any:
+    return _each_array(functools.partial(_array_spec, mesh), variable)
 
 
 def specs(state: Any, mesh: Mesh) -> Any:
@@ -159,18 +175,14 @@ def gather(state: Any) -> Any:
         return state
     mesh = jax.sharding.get_abstract_mesh()
 
-    def leaf(variable: nnx.Variable) -> nnx.Variable:
-        value = variable.get_value()
-        names = variable.get_metadata("logical_axes", None)
-        if names is None:
-            return variable
-        names = (None,) * (value.ndim - len(names)) + tuple(names)
-        for dim, axes in enumerate(_variable_spec(variable, mesh)):
-            if axes is not None and names[dim] != "experts":
-                value = lax.all_gather(value, axes, axis=dim, tiled=True)
-        return variable.replace(value)
+    def whole(array: jax.Array, names: Sequence[str | None], shape: Sequence[int]) -> jax.Array:
+        stacked = array.ndim - len(names)
+        for dim, axes in enumerate(_array_spec(mesh, array, names, shape)):
+            if axes is not None and names[dim - stacked] != "experts":
+                array = lax.all_gather(array, axes, axis=dim, tiled=True)
+        return array
 
-    return jax.tree.map(leaf, state, is_leaf=_is_variable)
+    return jax.tree.map(lambda v: v.replace(_each_array(whole, v)), state, is_leaf=_is_variable)
 
 
 def all_but_weights(primitive: Any, *_: Any, **params: Any) -> bool:

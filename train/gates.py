@@ -21,7 +21,7 @@ from ring_jax import flops, numerics, scoring, sharding
 from ring_jax.cache import Cache
 from ring_jax.config import PRESETS, ModelConfig
 from ring_jax.model import Ring
-from ring_jax.numerics import Numerics, round_weights
+from ring_jax.numerics import Numerics, inference_weights
 from ring_jax.scoring import Batch
 from ring_jax.train.config import OptimizerConfig
 from ring_jax.train.step import make_program
@@ -61,7 +61,7 @@ def _case(name: str, config: ModelConfig, how: Numerics, target: str, kind: str,
         return make(kind, config, how, sharding.make_mesh(sizes, devices), tokens)
 
     tokens = SLOTS if kind == "decode" else TOKENS[target]
-    weight = {"step": 16, "evaluate": 4, "decode": 2}[kind]  # bytes of a parameter that are read and written, at least
+    weight = {"step": 16, "evaluate": 4, "decode": 1 if how.fp8 else 2}[kind]  # bytes of a parameter that are read and written, at least
     return CompileCase(
         kernel=f"model.{name}.{kind}{'.fp8' * how.fp8}",
         shape=f"{text}, {tokens} tokens a chip",
@@ -96,7 +96,7 @@ def _training(kind: str, config: ModelConfig, how: Numerics, mesh: Mesh, tokens:
 def _decode(kind: str, config: ModelConfig, how: Numerics, mesh: Mesh, slots: int) -> tuple[Any, tuple[Any, ...]]:
     graph, params, biases, tables = scoring.split(nnx.eval_shape(lambda: Ring(config, how, rngs=nnx.Rngs(0), stacked=False)))
     model = nnx.merge(graph, params, biases, tables)
-    params = jax.eval_shape(lambda params: round_weights(params, how.dtype), params)
+    params = jax.eval_shape(lambda params: inference_weights(params, how), params)
     cache = jax.eval_shape(lambda: model.init_cache(slots * mesh.size, CACHE))
     ids = jax.ShapeDtypeStruct((slots * mesh.size, 1), jnp.int32)
     by_slot: Any = sharding.batch_spec()

@@ -13,19 +13,20 @@ from pallas_kernels import dispatch
 from pallas_kernels.grouped_matmul import Groups, moves_of, take_rows
 from pallas_kernels.grouped_matmul.xla import sum_rows
 from pallas_kernels.grouped_scaled_matmul import pallas_gpu, pallas_tpu, xla
-from pallas_kernels.scaled_matmul import Product, Quantized, QuantizedRows, quantize, quantize_rows
-from pallas_kernels.scaled_matmul.quantized import GROUP, as_bytes, as_values, columns_of, gradient_in_fp8, result_dtype
+from pallas_kernels.scaled_matmul import Product, Quantized, QuantizedRows, quantize_rows, quantize_weights
+from pallas_kernels.scaled_matmul.quantized import (
+    GROUP,
+    as_bytes,
+    as_values,
+    blocks_of,
+    check_gradient,
+    columns_of,
+    gradient_in_fp8,
+    result_dtype,
+)
 
 IMPLEMENTATIONS = {"xla": xla.product, "pallas_tpu": pallas_tpu.product, "pallas_gpu": pallas_gpu.product}
 GRADIENT_IMPLEMENTATIONS = {"xla": xla.weight_gradient, "pallas_tpu": pallas_tpu.weight_gradient, "pallas_gpu": pallas_gpu.weight_gradient}
-
-
-def quantize_groups(w: Float[Array, "E K N"], *, transpose: bool = True, power_of_two: bool = False) -> Quantized:
-    """Return each group's matrix in FP8 by blocks of 128 x 128, to be contracted along K: [E, N, K], scales [E, K / 128, N / 128].
-
-    Not transposed it is contracted along N, as for the gradient of rows: [E, K, N], scales [E, N / 128, K / 128].
-    """
-    return jax.vmap(functools.partial(quantize, block=True, transpose=transpose, power_of_two=power_of_two))(w)
 
 
 def grouped_scaled_matmul(
@@ -68,7 +69,7 @@ def grouped_weight_gradient(x: Quantized, dy: Quantized, tiles, *, row_tile: int
 
 def fp8_grouped_matmul(
     x: Float[Array, "rows K"] | QuantizedRows,
-    w: Float[Array, "E K N"],
+    w: Float[Array, "E K N"] | Quantized,
     tiles: Int[Array, " E"],
     *,
     row_tile: int,
@@ -81,7 +82,7 @@ def fp8_grouped_matmul(
 
     Its gradients are FP8 products as well, as those of `scaled_matmul.fp8_matmul`: dx of dy by rows and the forward's blocks of w, dw of
     x and dy quantised along the rows. The forward keeps x in FP8 only, and w as it is. Rows of padding must be zero, as `gather_groups`
-    leaves them. x may be in FP8 already, and the gradient come back so, as for `fp8_matmul`.
+    leaves them. x may be in FP8 already, and the gradient come back so, as for `fp8_matmul`; so may w, without a gradient then.
     """
     rows = quantize_rows(x, power_of_two=power_of_two)
     return _differentiable(rows, w, tiles, None, row_tile, out_dtype, power_of_two, returns_fp8, implementation)
@@ -89,7 +90,7 @@ def fp8_grouped_matmul(
 
 def fp8_gather_grouped_matmul(
     x: Float[Array, "tokens K"] | QuantizedRows,
-    w: Float[Array, "E K N"],
+    w: Float[Array, "E K N"] | Quantized,
     groups: Groups,
     num_slots: int,
     *,
@@ -121,12 +122,13 @@ def _differentiable(rows: QuantizedRows, w, tiles, moves, row_tile, out_dtype, *
 def _fp8(x, rows, columns, w, tiles, moves, row_tile, out_dtype, power_of_two, returns_fp8, implementation):
     """The product of `rows` and w; x, their carrier, and their columns are there for the gradients."""
     del x, columns
-    blocks = quantize_groups(w, power_of_two=power_of_two)
+    blocks = blocks_of(w, power_of_two)
     y = grouped_scaled_matmul(rows, blocks, tiles, moves, row_tile=row_tile, out_dtype=out_dtype, implementation=implementation)
     return Product.of(y) if returns_fp8 else y
 
 
 def _forward(x, rows, columns, w, tiles, moves, *how):
+    check_gradient(w)
     move = lambda x: x if moves is None else take_rows(x, *moves)
     kept = columns_of(x, columns, how[2], move), w, tiles, moves, jnp.zeros(0, x.dtype)
     return _fp8(x, rows, columns, w, tiles, moves, *how), kept
@@ -136,7 +138,7 @@ def _backward(row_tile, out_dtype, power_of_two, returns_fp8, implementation, re
     columns, w, tiles, moves, like = residuals
     how = {"row_tile": row_tile, "implementation": implementation}
     dy_rows, dy_columns = gradient_in_fp8(dy, power_of_two)
-    blocks = quantize_groups(w, transpose=False, power_of_two=power_of_two)
+    blocks = quantize_weights(w, transpose=False, power_of_two=power_of_two)
     dx = grouped_scaled_matmul(dy_rows, blocks, tiles, out_dtype=like.dtype, **how)
     dx = dx if moves is None else sum_rows(dx, moves[1])
     return dx, None, None, grouped_weight_gradient(as_values(columns), dy_columns, tiles, out_dtype=w.dtype, **how), None, None

@@ -18,10 +18,12 @@ from pallas_kernels.scaled_matmul.quantized import (
     QuantizedRows,
     as_bytes,
     as_values,
+    blocks_of,
+    check_gradient,
     columns_of,
     gradient_in_fp8,
-    quantize,
     quantize_rows,
+    quantize_weights,
     result_dtype,
 )
 
@@ -72,7 +74,7 @@ def scaled_matmul(
 
 def fp8_matmul(
     x: Float[Array, "*rows K"] | QuantizedRows,
-    w: Float[Array, "K N"],
+    w: Float[Array, "K N"] | Quantized,
     *,
     out_dtype: DTypeLike | None = None,
     power_of_two: bool = False,
@@ -89,13 +91,13 @@ def fp8_matmul(
     scales are no powers of two.
 
     x may be in FP8 already, as layers of `fused_layers` emit it, with scales that are no powers of two; without a carrier there is no
-    default for `out_dtype`, and no gradient: both raise ValueError.
+    default for `out_dtype`, and no gradient: both raise ValueError. So may w be (`quantize_weights`), without a gradient then.
     """
     rows = quantize_rows(x, power_of_two=power_of_two)
     dtype = result_dtype(rows, out_dtype)
     operands = rows.flat.carrier, *lax.stop_gradient((rows.quantized, rows.columns and as_bytes(rows.columns))), w
     y: Any = _fp8_matmul(*operands, dtype, power_of_two, returns_fp8, aligned, implementation)
-    shaped = lambda y: y.reshape(*rows.values.shape[:-1], w.shape[1])
+    shaped = lambda y: y.reshape(*rows.values.shape[:-1], y.shape[1])
     return y._replace(y=shaped(y.y)) if returns_fp8 else shaped(y)
 
 
@@ -103,19 +105,20 @@ def fp8_matmul(
 def _fp8_matmul(x, rows, columns, w, out_dtype, power_of_two, returns_fp8, aligned, implementation):
     """The product of `rows` and w; x, their carrier, and their columns are there for the gradients."""
     del x, columns
-    blocks = quantize(w, block=True, transpose=True, power_of_two=power_of_two)
-    y = scaled_matmul(rows, blocks, out_dtype=out_dtype, aligned=aligned, implementation=implementation)
+    y = scaled_matmul(rows, blocks_of(w, power_of_two), out_dtype=out_dtype, aligned=aligned, implementation=implementation)
     return Product.of(y) if returns_fp8 else y
 
 
 def _forward(x, rows, columns, w, *how):
+    check_gradient(w)
     return _fp8_matmul(x, rows, columns, w, *how), (columns_of(x, columns, how[1]), w, jnp.zeros(0, x.dtype))
 
 
 def _backward(out_dtype, power_of_two, returns_fp8, aligned, implementation, residuals, dy):
     columns, w, like = residuals
     dy_rows, dy_columns = gradient_in_fp8(dy, power_of_two)
-    dx = scaled_matmul(dy_rows, quantize(w, block=True, power_of_two=power_of_two), out_dtype=like.dtype, implementation=implementation)
+    blocks = quantize_weights(w, transpose=False, power_of_two=power_of_two)
+    dx = scaled_matmul(dy_rows, blocks, out_dtype=like.dtype, implementation=implementation)
     return dx, None, None, scaled_matmul(as_values(columns), dy_columns, out_dtype=w.dtype, implementation=implementation)
 
 

@@ -15,6 +15,7 @@ A group is 128 entries along K, the axis that a product contracts, of one row; o
   those sums are NaN that an entry enters: a run that diverges shows it, where saturation would hide it.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -143,6 +144,28 @@ def quantize(x: Float[Array, "R K"], *, block: bool = False, transpose: bool = F
     scales = group_scales(finite_magnitude(grouped).max((1, 3)), power_of_two)
     values = to_e4m3(grouped, scales[:, None, :, None]).reshape(rows + padding[0], -1)[:rows, :depth]
     return Quantized(values, scales.T)
+
+
+def quantize_weights(w: Float[Array, "*lead K N"], *, transpose: bool = True, power_of_two: bool = False) -> Quantized:
+    """Return matrices in FP8 by blocks of 128 x 128, to be contracted along K: [*lead, N, K], scales [*lead, K / 128, N / 128].
+
+    Not transposed they are contracted along N, as for the gradient of rows: [*lead, K, N], scales [*lead, N / 128, K / 128].
+    """
+    one = functools.partial(quantize, block=True, transpose=transpose, power_of_two=power_of_two)
+    for _ in w.shape[:-2]:
+        one = jax.vmap(one)
+    return one(w)
+
+
+def blocks_of(w: Float[Array, "*lead K N"] | Quantized, power_of_two: bool) -> Quantized:
+    """Return a weight as a product takes it: by `quantize_weights`, if it is not in FP8 already."""
+    return w if isinstance(w, Quantized) else quantize_weights(w, power_of_two=power_of_two)
+
+
+def check_gradient(w: Float[Array, "*lead K N"] | Quantized) -> None:
+    """Raise ValueError for a weight that is in FP8 already: it has no gradient, nor has its product."""
+    if isinstance(w, Quantized):
+        raise ValueError("a product with a weight that is in FP8 already has no gradient")
 
 
 def quantize_rows(x: Float[Array, "*rows K"] | QuantizedRows, *, power_of_two: bool = False) -> QuantizedRows:

@@ -12,16 +12,10 @@ from hypothesis import strategies as st
 
 from pallas_kernels.grouped_matmul import gather_groups, group_rows
 from pallas_kernels.grouped_matmul.cases import inputs
-from pallas_kernels.grouped_scaled_matmul import (
-    fp8_gather_grouped_matmul,
-    fp8_grouped_matmul,
-    grouped_scaled_matmul,
-    quantize_groups,
-    reference,
-)
+from pallas_kernels.grouped_scaled_matmul import fp8_gather_grouped_matmul, fp8_grouped_matmul, grouped_scaled_matmul, reference
 from pallas_kernels.grouped_scaled_matmul.api import IMPLEMENTATIONS
 from pallas_kernels.grouped_scaled_matmul.cases import TEST_CASES
-from pallas_kernels.scaled_matmul import Quantized, quantize, quantize_rows
+from pallas_kernels.scaled_matmul import Quantized, quantize, quantize_rows, quantize_weights
 from tests.pallas_kernels.programs import DTYPES, ON_GPU, in_float64, jit_for_values, jit_of, random_like, with_gradients
 from tests.pallas_kernels.tolerances import assert_close, assert_same_bits, fp8_tolerance
 
@@ -29,7 +23,7 @@ ROW_TILE = 16
 native = pytest.param("pallas_gpu", marks=ON_GPU, id="native")
 every_implementation = pytest.mark.parametrize("implementation", [*IMPLEMENTATIONS, native])
 quantize = jax.jit(quantize, static_argnames="transpose")
-quantize_groups = jax.jit(quantize_groups)
+quantize_weights = jax.jit(quantize_weights)
 
 
 @functools.cache
@@ -38,7 +32,7 @@ def program(implementation, power_of_two=False):
     how = {"row_tile": ROW_TILE, "implementation": implementation}
 
     def run(arguments, tiles, dy):
-        quantised = grouped_scaled_matmul(quantize(arguments[0]), quantize_groups(arguments[1]), tiles, **how)
+        quantised = grouped_scaled_matmul(quantize(arguments[0]), quantize_weights(arguments[1]), tiles, **how)
         fp8 = functools.partial(fp8_grouped_matmul, tiles=tiles, power_of_two=power_of_two, **how)
         return quantised, with_gradients(lambda x, w: fp8(x, w))(arguments, dy)
 
@@ -59,7 +53,7 @@ def grouped(case, dtype, seed=0, experts=None):
 def check(implementation, x, w, tiles, owner, dy):
     """Compare the product and its gradients with the float64 reference."""
     quantised, (y, (dx, dw)) = program(implementation)((x, w), tiles, dy)
-    blocks = quantize_groups(w)
+    blocks = quantize_weights(w)
     expected = in_float64(reference.grouped_scaled_matmul, quantize(x), blocks, owner)
     tolerance = fp8_tolerance(implementation)
     assert_close((quantised, y), (expected, expected), jnp.float32, tolerance)
@@ -130,7 +124,11 @@ def test_tokens_without_plain_rows_have_no_gradient():
     with pytest.raises(ValueError, match="emitted no plain ones cannot be moved"):
         tokens.moved(lambda rows: gather_groups(rows, groups, case.A))
     tokens = tokens._replace(carrier=None)
-    assert_same_bits(product(tokens, w, groups, case.A, out_dtype=jnp.float32), product(x, w, groups, case.A))
+    expected = product(x, w, groups, case.A)
+    assert_same_bits(product(tokens, w, groups, case.A, out_dtype=jnp.float32), expected)
+    assert_same_bits(product(x, quantize_weights(w), groups, case.A), expected)
+    with pytest.raises(ValueError, match="a weight that is in FP8 already has no gradient"):
+        jax.grad(lambda x: product(x, quantize_weights(w), groups, case.A).sum())(x)
     with pytest.raises(ValueError, match="has no gradient"):
         jax.grad(lambda w: product(tokens, w, groups, case.A, out_dtype=jnp.float32).sum())(w)
 
@@ -163,12 +161,12 @@ def test_rows_do_not_depend_on_their_neighbours(implementation):
 def test_bf16_rounds_once(implementation):
     x, w, tiles, owner, _ = grouped(TEST_CASES["skewed"], DTYPES["bf16"])
     y = jit_for_values(functools.partial(fp8_grouped_matmul, row_tile=ROW_TILE, implementation=implementation))(x, w, tiles)
-    assert_close(y, in_float64(reference.grouped_scaled_matmul, quantize(x), quantize_groups(w), owner), jnp.bfloat16)
+    assert_close(y, in_float64(reference.grouped_scaled_matmul, quantize(x), quantize_weights(w), owner), jnp.bfloat16)
 
 
 def test_operands_that_do_not_fit_are_refused():
     x, w, tiles, *_ = grouped(TEST_CASES["uniform"], jnp.float32)
-    a, b = quantize(x), quantize_groups(w)
+    a, b = quantize(x), quantize_weights(w)
     with pytest.raises(ValueError, match=r"expected scales \(2, 208\), b \(5, 128, 256\) with scales \(5, 2, 1\)"):
         grouped_scaled_matmul(a, b._replace(scales=b.scales[:, :1]), tiles, row_tile=ROW_TILE)
     for name in ("pallas_tpu", "pallas_gpu"):

@@ -12,7 +12,7 @@ from jax._src.pallas.mosaic_gpu.interpret.interpret_pallas_call import get_races
 
 from pallas_kernels import compat, tiles
 from pallas_kernels.compat import INTERPRETS_CLUSTERS
-from pallas_kernels.scaled_matmul import Quantized, fp8_matmul, quantize_rows, reference, scaled_matmul
+from pallas_kernels.scaled_matmul import Quantized, fp8_matmul, quantize_rows, quantize_weights, reference, scaled_matmul
 from pallas_kernels.scaled_matmul import quantize as quantize_array
 from pallas_kernels.scaled_matmul.cases import TEST_CASES, Case, inputs, operand
 from pallas_kernels.scaled_matmul.quantized import GROUP, LARGEST, SMALLEST_SCALE
@@ -191,6 +191,13 @@ def test_rows_that_are_in_fp8_already():
         fp8_matmul(alone, w, power_of_two=True)
     with pytest.raises(ValueError, match="neither plain rows nor columns has no gradient"):
         jax.grad(lambda w: fp8_matmul(alone, w, out_dtype=jnp.float32).sum())(w)
+
+
+def test_a_weight_that_is_in_fp8_already():
+    x, w = inputs(TEST_CASES["all_odd"], jnp.float32)
+    assert_same_bits(jit_for_values(fp8_matmul)(x, jax.jit(quantize_weights)(w)), jit_for_values(fp8_matmul)(x, w))
+    with pytest.raises(ValueError, match="a weight that is in FP8 already has no gradient"):
+        jax.grad(lambda x: fp8_matmul(x, quantize_weights(w)).sum())(x)
 
 
 def test_leading_axes_and_out_dtype():

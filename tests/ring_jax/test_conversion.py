@@ -546,10 +546,10 @@ def counted(*args):
     return out
 load.read_region = counted
 mesh = sharding.make_mesh(sharding.parse_mesh("2x2"))
-for folder in sys.argv[1:]:
-    whole, spread = checkpoint.load(folder).model, None
+for folder, precision in [*((folder, None) for folder in sys.argv[1:]), (sys.argv[1], "fp8")]:
+    whole, spread = checkpoint.load(folder, precision=precision).model, None
     largest[0] = 0
-    spread = checkpoint.load(folder, mesh).model
+    spread = checkpoint.load(folder, mesh, precision=precision).model
     for a, b in zip(jax.tree.leaves(nnx.state(whole, nnx.Param)), jax.tree.leaves(nnx.state(spread, nnx.Param)), strict=True):
         np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
     held = [(x.nbytes, x.addressable_shards[0].data.nbytes) for x in jax.tree.leaves(nnx.state(spread, nnx.Param))]
@@ -563,8 +563,38 @@ def test_onto_a_mesh(tmp_path):
     command = [sys.executable, "-c", ON_A_MESH, str(GOLDEN / "periodic"), str(tmp_path / "ours")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    direct, ours = ([int(number) for number in line.split()] for line in done.stdout.splitlines())
-    for total, on_a_device, largest, _ in (direct, ours):
+    direct, ours, fp8 = ([int(number) for number in line.split()] for line in done.stdout.splitlines())
+    for total, on_a_device, largest, _ in (direct, ours, fp8):
         assert on_a_device < 0.35 * total
         assert largest > 0
     assert direct[3] <= direct[2] // 2
+    assert fp8[0] < 0.7 * direct[0]
+
+
+SCORED_ON_A_MESH = """
+import sys
+import jax
+jax.config.update("jax_num_cpu_devices", 4)
+import numpy as np
+from ring_jax import checkpoint, sharding
+from ring_jax.infer import align
+
+model = checkpoint.load(sys.argv[1], precision="fp8").model
+assert model.segments[0][0].mixer.qkv.get_value().scales.shape[2:] == (4, 9)
+programs = align.Programs(model, model)
+batch = align.pad([list(range(5 + row, 70 + row)) for row in range(4)])
+alone, _ = programs.score(batch)
+assert np.isfinite(alone).all() and alone.any()
+for mesh in ("4x1", "1x4", "2x2"):
+    np.testing.assert_array_equal(programs.score(batch, sharding.make_mesh(sharding.parse_mesh(mesh)))[0], alone)
+"""
+
+
+@pytest.mark.slow
+def test_weights_in_fp8_on_a_mesh(tmp_path):
+    """A model that holds its weights in FP8, of several blocks each way, computes the same bits where they are spread over devices."""
+    config = dataclasses.replace(TWO_LAYERS, hidden_size=512, head_size=64, expert_size=256, shared_expert_size=256)
+    folder = write_hf(tmp_path / "model", config, random_tensors(config))
+    command = [sys.executable, "-c", SCORED_ON_A_MESH, str(folder)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

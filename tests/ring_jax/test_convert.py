@@ -55,9 +55,14 @@ def test_fp32_checkpoint_in_bf16(small_tensors, tmp_path):
     assert model.numerics.dtype == "bfloat16"
     rounded = small_tensors["lm_head.weight"].T.astype(ml_dtypes.bfloat16).astype(np.float32)
     np.testing.assert_array_equal(np.asarray(model.head[...]).astype(np.float32), rounded)
-    routers = [block.ffn.router[...] for segment in model.segments for block in segment if hasattr(block.ffn, "router")]
+    blocks = [block for segment in model.segments for block in segment if hasattr(block.ffn, "router")]
+    routers = [block.ffn.router[...] for block in blocks]
     theirs = small_tensors["model.layers.1.mlp.gate.weight"].T
     assert any((np.asarray(router).reshape(-1, *theirs.shape) == theirs).all((1, 2)).any() for router in routers), "routers stay fp32"
+    biases = [np.asarray(block.ffn.bias[...]).reshape(-1, SMALL.num_experts) for block in blocks]
+    theirs = small_tensors["model.layers.1.mlp.gate.expert_bias"]
+    assert (theirs != theirs.astype(ml_dtypes.bfloat16)).any()
+    assert any((bias == theirs).all(1).any() for bias in biases), "so do balancing biases"
     with pytest.raises(ValueError, match="unknown precision 'fp4'; known: fp32, bf16, fp8"):
         checkpoint.load(folder, precision="fp4")
 

@@ -1,6 +1,7 @@
 """The model: one forward in every mode, with caches and without, stacked and unrolled."""
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ from ring_jax import cache as caches
 from ring_jax import checkpoint, numerics, scoring
 from ring_jax.config import PRESETS
 from ring_jax.model import Ring, layer_pattern
-from ring_jax.numerics import Numerics
+from ring_jax.numerics import Numerics, inference_weights, num_bytes
 from tests.ring_jax.models import SMALL, TWO_LAYERS, Programs, pad, same_bits, write_hf
 from tests.ring_jax.random_tensors import random_tensors
 
@@ -23,11 +24,11 @@ CACHE = 256
 
 
 def make(config, *, stacked=True, **how) -> Programs:
-    """Return the programs of a random model whose balancing biases are not zero."""
+    """Return the programs of a random model whose balancing biases are not zero, which holds its weights as a loaded one does."""
     model = Ring(config, Numerics(**how), rngs=nnx.Rngs(0), stacked=stacked)
     graph, params, balance, tables = scoring.split(model)
     balance = jax.tree.map(lambda b: b + 0.1 * jnp.sin(jnp.arange(b.size, dtype=jnp.float32)).reshape(b.shape), balance)
-    return Programs(scoring.merge(graph, params, balance, tables, model.numerics.dtype))
+    return Programs(nnx.merge(graph, inference_weights(params, model.numerics), balance, tables))
 
 
 @pytest.fixture(scope="module")
@@ -120,13 +121,22 @@ def test_forward_is_prefill_plus_decode_in_fast_numerics(documents, dtype):
 @pytest.mark.usefixtures("unoptimised")
 @pytest.mark.parametrize("num_dense_layers", [0, 1])
 def test_fp8_products_of_a_layer_cost_a_few_percent(documents, num_dense_layers):
-    """And they do quantise. A rounding may flip a token's experts, so most rows are near, not all."""
+    """And they do quantise. A rounding may flip a token's experts, so most rows are near, not all.
+
+    A model without gradients holds its weights in FP8: the same numbers, in fewer bytes.
+    """
     config = dataclasses.replace(SMALL, num_layers=1, num_dense_layers=num_dense_layers)
     tokens, positions = pad(documents, 256)
-    models = (make(config, aligned=False, dtype="bfloat16", fp8=fp8) for fp8 in (False, True))
-    exact, found = (model.hidden(tokens, positions)[positions >= 0].astype(np.float64) for model in models)
+    exact_model, trained = (make(config, aligned=False, dtype="bfloat16", fp8=fp8) for fp8 in (False, True))
+    exact, found = (model.hidden(tokens, positions)[positions >= 0].astype(np.float64) for model in (exact_model, trained))
     for_inference = make(config, aligned=False, dtype="bfloat16", fp8=True, gradients=False)
     np.testing.assert_array_equal(for_inference.hidden(tokens, positions)[positions >= 0], found)
+    mixer, ffn = (getattr(for_inference.model.segments[0][0], part) for part in ("mixer", "ffn"))
+    for weight in (mixer.qkv, mixer.out, ffn.gate_up, ffn.down):
+        values, scales = weight.get_value()
+        assert (values.dtype, scales.dtype) == (jnp.float8_e4m3fn, jnp.float32)
+        assert num_bytes(weight) < 1.1 * math.prod(weight.get_metadata("full_shape"))
+    assert for_inference.model.head[...].dtype == exact_model.model.head[...].dtype
     error = np.median(np.linalg.norm(found - exact, axis=-1) / np.linalg.norm(exact, axis=-1))
     assert 0.01 < error < 0.15, error
 
