@@ -27,6 +27,21 @@ os.environ.setdefault("XLA_FLAGS", "--xla_cpu_parallel_codegen_split_count=1")
 os.environ.setdefault("XDG_CACHE_HOME", str(_cache / "data"))  # tokenised data, too, is made once
 
 
+_MOST_MAPS = 15_000
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forget_programs():
+    """Forget compiled programs between modules: each maps regions of memory, and past 65,530 (Linux's default) a process crashes."""
+    yield
+    maps = pathlib.Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > _MOST_MAPS:
+        import jax
+
+        jax.clear_caches()
+        gc.collect()
+
+
 @contextlib.contextmanager
 def _unoptimised():
     from ring_jax import numerics
