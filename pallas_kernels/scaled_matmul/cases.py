@@ -69,21 +69,23 @@ SHORT = 1.3
 def compile_cases() -> Iterator[CompileCase]:
     """Yield the products of both released models over a training step's rows: of rows with blocks (y and dx), and of rows with rows (dw).
 
-    And over a decode step's: y.
+    And over a decode step's: y. The small gradients are for quick gates: compilers take as long as a tile is large.
     """
-    M, slots = 8192, 64
-    for name, (K, N) in COMPILE_SIZES.items():
+    slots = 64
+    for name, (K, N) in ({"small": (256, 256)} | COMPILE_SIZES).items():
         if name.endswith("head"):  # bf16
             continue
+        small = name == "small"
+        M = 512 if small else 8192
         products = (
             ("forward", (M, K, N), True, jnp.bfloat16),
             ("input_gradient", (M, N, K), True, jnp.bfloat16),
             ("weight_gradient", (K, M, N), False, jnp.float32),
             ("forward", (slots, K, N), True, jnp.bfloat16),
         )
-        everywhere = name in WITH_GRADIENTS
+        everywhere = small or name in WITH_GRADIENTS
         on = [(target, "") for target in (("v5e", "v5p", "v6e") if everywhere else ())] + [("h200", ""), ("h200", ".mosaic")]
-        for kernel, (rows, depth, columns), block, out_dtype in products if everywhere else products[:1]:
+        for kernel, (rows, depth, columns), block, out_dtype in products[1:3] if small else products if everywhere else products[:1]:
             for target, suffix in on if rows != slots else on[:-1]:
                 yield CompileCase(
                     kernel=f"scaled_matmul.{kernel}{suffix}",
@@ -93,6 +95,6 @@ def compile_cases() -> Iterator[CompileCase]:
                     arguments=(operand(rows, depth, False), operand(columns, depth, block)),
                     bytes=(rows + columns) * depth + rows * columns * jnp.dtype(out_dtype).itemsize,
                     flops=2 * rows * depth * columns,
-                    floor_ratio=None if rows == slots else RATIOS[target + suffix] * (SHORT if depth == 512 else 1),
+                    floor_ratio=None if small or rows == slots else RATIOS[target + suffix] * (SHORT if depth == 512 else 1),
                     instruction=r"wgmma\.mma_async.*m64n128k32.*e4m3|vmatmul",
                 )
