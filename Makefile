@@ -54,19 +54,21 @@ gate-decode:
 	$(BIN)/python -m pallas_kernels.aot --jobs 1 --cases ring_jax.train.gates --kernel model.mini.decode --target h200
 
 gate-golden:
-	$(BIN)/python -m ring_jax.infer align --checkpoint tests/golden/trailing --tokens 128
+	$(BIN)/python -m ring_jax.infer align --checkpoint tests/golden/trailing --tokens 512
 
 gate-bf16:
-	$(BIN)/python -m ring_jax.infer align --checkpoint tests/golden/periodic --tokens 128 --precision bf16 --remat mixers
+	$(BIN)/python -m ring_jax.infer align --checkpoint tests/golden/periodic --tokens 512 --precision bf16 --remat mixers
 
 gate-kernels:
 	$(BIN)/python -m ring_jax.train --output runs/lanes --overwrite $(LANES) --precision fp32 --tokenizer bytes --seq-len 128 --batch-size 2 --steps 2
-	$(BIN)/python -m ring_jax.infer align --checkpoint runs/lanes --tokens 64 --kernels pallas
+	$(BIN)/python -m ring_jax.infer align --checkpoint runs/lanes --tokens 64 --kernels pallas >runs/lanes/align.txt 2>&1; \
+		status=$$?; cat runs/lanes/align.txt; exit $$status
+	! grep ': xla' runs/lanes/align.txt  # where a kernel refused
 
 gates-all: gates  ## the long gates: those, the models for all chips, and more of bf16, FP8 and interpreted kernels compared
 	$(BIN)/python -m pallas_kernels.aot --jobs $(JOBS) --cases ring_jax.train.gates
-	$(BIN)/python -m ring_jax.infer align --checkpoint tests/golden/periodic --tokens 256
-	$(BIN)/python -m ring_jax.infer align --checkpoint tests/golden/trailing --tokens 256 --precision bf16
+	$(BIN)/python -m ring_jax.infer align --checkpoint tests/golden/periodic --tokens 512
+	$(BIN)/python -m ring_jax.infer align --checkpoint tests/golden/trailing --tokens 512 --precision bf16
 	$(BIN)/python -m ring_jax.infer align --checkpoint tests/golden/periodic --tokens 64 --precision fp8
 	$(BIN)/python -m ring_jax.infer align --checkpoint runs/lanes --tokens 512 --kernels pallas
 	$(BIN)/python -m ring_jax.infer align --checkpoint runs/lanes --tokens 512 --kernels pallas --precision bf16

@@ -7,7 +7,7 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-from pallas_kernels import GRID
+from pallas_kernels import CHUNK_SIZES
 
 _AT_LEAST_ONE = (
     "vocab_size",
@@ -61,7 +61,7 @@ class ModelConfig:
     decay_layer_offset: int = 0
     """0: decay of layer l as trained and served. 1: the off-by-one of the Hugging Face remote code, for parity."""
     chunk_size: int = 64
-    """C of Lightning attention: a divisor of GRID. It travels with the checkpoint, since the bits depend on it."""
+    """C of Lightning attention, one of CHUNK_SIZES. It travels with the checkpoint, since the bits depend on it."""
     init_scale: float = 0.02
     stop_tokens: tuple[int, ...] = ()
     pad_token: int = 0
@@ -75,8 +75,8 @@ class ModelConfig:
         factor = dict(self.rope_scaling or {"factor": 1}).get("factor")
         if not isinstance(factor, int | float) or factor < 1:
             raise ValueError(f"the factor of rope_scaling must be a number of at least 1, not {factor!r}")
-        if GRID % self.chunk_size:
-            raise ValueError(f"chunk_size {self.chunk_size} must divide {GRID}")
+        if self.chunk_size not in CHUNK_SIZES:
+            raise ValueError(f"chunk_size must be one of {', '.join(map(str, CHUNK_SIZES))}, not {self.chunk_size}")
         if self.num_heads % self.num_kv_heads:
             raise ValueError(f"num_kv_heads {self.num_kv_heads} must divide num_heads {self.num_heads}")
         if (self.num_heads * self.head_size) % self.num_norm_groups:

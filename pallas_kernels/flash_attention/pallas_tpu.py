@@ -20,8 +20,8 @@ from pallas_kernels.flash_attention import pallas, tile
 from pallas_kernels.flash_attention.tile import KEY_BLOCK, Softmax
 
 _LANES = 128
-_MAX_SCALARS = 1 << 17
-"""Entries of a page table at most: it is in scalar memory."""
+_MAX_SCALARS = 5 << 15
+"""Entries of a page table and of the programs' ranges of key blocks at most: they are in scalar memory."""
 
 
 class _Layout(NamedTuple):
@@ -309,11 +309,13 @@ def _programs(start, stop, layout: _Layout):
 
 def _forward(q, key_pages, value_pages, page_table, start, stop, aligned):
     choice, (batch, num_tokens, heads, _), groups = tiles.of(tiles.FLASH_TPU), q.shape, key_pages.shape[2]
-    if page_table is not None and page_table.size > _MAX_SCALARS:
-        raise NotImplementedError(f"a page table of {page_table.size} entries is more than scalar memory should hold: {_MAX_SCALARS}")
     num_blocks = key_pages.shape[0] // batch if page_table is None else page_table.shape[1]
     layout = _layout(q, key_pages, value_pages, choice, num_blocks, aligned)
     programs, first, last = _programs(start, stop, layout)
+    # Without pages the gradient has a range for each key block, too.
+    num_scalars = 2 * first.size + page_table.size if page_table is not None else 2 * batch * max(programs, num_blocks)
+    if num_scalars > _MAX_SCALARS:
+        raise NotImplementedError(f"{num_scalars} entries of page tables and ranges are more than scalar memory should hold: {_MAX_SCALARS}")
     specs = _Specs(layout, lambda b, i, s, first, last: i)
     pages = _pages_of_step(layout, programs, num_blocks)
     rows, lanes = (layout.tiles, layout.group, layout.rows), _LANES if layout.value_size == _LANES else 1

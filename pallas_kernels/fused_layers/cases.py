@@ -21,7 +21,8 @@ EPS = 1e-6
 class Case(NamedTuple):
     """A layer at some sizes: its name in the api, its static arguments, and the arguments' shapes with "x" for the compute dtype.
 
-    Letters: "x" activations and norm weights in the compute dtype, "f" fp32 whatever the dtype is, "c" the same, a constant.
+    Letters: "x" activations and norm weights in the compute dtype, "s" the same, whose gradient is another's; "f" fp32 whatever the dtype is,
+    "c" the same, a constant.
     """
 
     op: str
@@ -30,27 +31,42 @@ class Case(NamedTuple):
 
     def function(self, dtype: DTypeLike, **kwargs) -> Callable:
         """Return the layer."""
-        how = self.how | ({"dtype": dtype} if self.op == "residual_rms_norm" else {})
-        return functools.partial(getattr(api, self.op), **how, **kwargs)
+        how = self.how | ({"dtype": dtype} if self.op in NORMS else {})
+        return functools.partial(next_norm if self.op == "next_norm" else getattr(api, self.op), **how, **kwargs)
 
     @property
     def truth(self) -> Callable:
         """Return its reference."""
-        return functools.partial(getattr(reference, self.op), **self.how)
+        return functools.partial(_next_norm_truth if self.op == "next_norm" else getattr(reference, self.op), **self.how)
 
     @property
     def differentiable(self) -> tuple[int, ...]:
         """Return which arguments have a gradient."""
-        return tuple(i for i, x in enumerate(self.shapes) if x and x[0] != "c")
+        return tuple(i for i, x in enumerate(self.shapes) if x and x[0] not in "cs")
 
     def structs(self, dtype: DTypeLike) -> list[jax.ShapeDtypeStruct | None]:
         """Return the arguments' shapes."""
-        return [x and jax.ShapeDtypeStruct(x[1], dtype if x[0] == "x" else jnp.float32) for x in self.shapes]
+        return [x and jax.ShapeDtypeStruct(x[1], dtype if x[0] in "xs" else jnp.float32) for x in self.shapes]
 
     def inputs(self, dtype: DTypeLike, seed: int = 0) -> list[jax.Array | None]:
         """Return random arguments; norm weights are numbers of the dtype, as a model's forward has them."""
         rng = np.random.default_rng(seed)
         return [x if x is None else jnp.asarray(rng.standard_normal(x.shape), x.dtype) for x in self.structs(dtype)]
+
+
+NORMS = ("residual_rms_norm", "next_norm")
+
+
+def next_norm(x: jax.Array, routed: jax.Array, shared: jax.Array, weight: jax.Array, **how: Any) -> Any:
+    """Return a layer's end, x and its experts' results, and the first norm of the next layer: no op of the api, but what a model does.
+
+    A norm that added them would save nothing: it would want their sum, which then is written and read.
+    """
+    return api.residual_rms_norm(x + (routed + shared).astype(jnp.float32), None, weight, **how)
+
+
+def _next_norm_truth(x, routed, shared, weight, **how):
+    return reference.residual_rms_norm(x + routed.astype(x.dtype) + shared.astype(x.dtype), None, weight, **how)
 
 
 def residual_rms_norm(num: int, D: int, first: bool = False) -> Case:
@@ -132,10 +148,11 @@ def between_products(name: str, num: int, mixer: str) -> list[Case]:
 
     The last two are the SwiGLU of the routed experts (`ROUTED`), of rows as `group_rows` allots them, and of the shared one.
     """
-    of, F = model_cases(name, num), {"mini": 512, "flash": 1024}[name]
+    of, (D, F) = model_cases(name, num), {"mini": (2048, 512), "flash": (4096, 1024)}[name]
+    end = Case("next_norm", {"eps": EPS}, (("f", (num, D)), ("x", (num, D)), ("s", (num, D)), ("x", (D,))))
     routed, shared = swiglu(allotted_rows(num * ACTIVE), F, weighted=True), swiglu(num, F)
     mixed = [of["qk_norm_rope linear"], of["gated_group_norm"]] if mixer == "linear" else [of["qk_norm_rope"]]
-    return [of["residual_rms_norm"], *mixed, of["residual_rms_norm"], of["route"], routed, shared]
+    return [end, *mixed, of["residual_rms_norm"], of["route"], routed, shared]
 
 
 ROUTED = -2
@@ -177,7 +194,7 @@ def equations_of(case: Case, dtype: DTypeLike) -> Callable:
     return lambda *arguments: jax.tree.map(lambda y, x: y.astype(x.dtype).reshape(x.shape), case.truth(*arguments), like)
 
 
-FEEDING = ("residual_rms_norm", "gated_group_norm", "swiglu")
+FEEDING = (*NORMS, "gated_group_norm", "swiglu")
 """Layers in front of products, which can emit FP8."""
 
 
@@ -353,8 +370,8 @@ def moved_bytes(case: Case, dtype: DTypeLike, backward: bool, **how) -> int:
     if not backward:
         return size((arguments, outs))
     kept, incoming = arguments, outs
-    if case.op == "residual_rms_norm":  # the sum is, not what was added
-        kept = [outs[0], arguments[2]]
+    if case.op in NORMS:  # the sum is, not what was added
+        kept = [outs[0], arguments[-1]]
     if case.op == "route":
         kept, incoming = [arguments[0], outs[0], outs[2]], outs[1:]
     if case.op == "qk_norm_rope":  # the values' gradient passes

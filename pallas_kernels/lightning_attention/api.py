@@ -5,7 +5,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from pallas_kernels import GRID, dispatch
+from pallas_kernels import CHUNK_SIZES, dispatch
 from pallas_kernels.lightning_attention import pallas_gpu, pallas_tpu, xla
 
 _MODULES = {"xla": xla, "pallas_tpu": pallas_tpu, "pallas_gpu": pallas_gpu}
@@ -34,12 +34,12 @@ def lightning_attention(
         state: fp32 state that enters the first chunk (default zero).
         reset: chunks that start from a zero state (the first chunk of a packed document).
         length: valid tokens a row (default T). Chunks that it does not fill are computed but not folded into the returned state.
-        chunk_size: C, a divisor of GRID. Chunks are counted from the first token given.
+        chunk_size: C, one of CHUNK_SIZES. Chunks are counted from the first token given.
         aligned: the forward's bits then equal those of `lightning_attention_step` at every position.
-    Differentiable in q, k, v and state. Raises ValueError if C does not divide GRID.
+    Differentiable in q, k, v and state. Raises ValueError for another C.
     """
-    if GRID % chunk_size:
-        raise ValueError(f"chunk_size {chunk_size} does not divide the grid of {GRID} positions")
+    if chunk_size not in CHUNK_SIZES:
+        raise ValueError(f"chunk_size {chunk_size} is none of {', '.join(map(str, CHUNK_SIZES))}")
     options = {"state": state, "reset": reset, "length": length, "chunk_size": chunk_size, "aligned": aligned}
     return dispatch.call("lightning_attention", IMPLEMENTATIONS, implementation, q, k, v, log_decay, **options)
 
@@ -73,7 +73,8 @@ def lightning_attention_step(
 
     Args:
         state: fp32 states at the start of the open chunks.
-        key_buffer, value_buffer: the open chunks' k and v; rows from `index` on may hold anything finite: their weight is an exact zero.
+        key_buffer, value_buffer: the open chunks' k and v; rows from `index` on may hold anything finite whose products with q are:
+            their weight is an exact zero.
         index: the row the token takes; C for a slot without one, which stays as it is (its output means nothing).
         state_copy: the states in the products' dtype, read instead of them (the products round them to it anyway).
         may_fold: whether a slot's chunk may become full, and is folded into its state then; a caller that knows better says False.
@@ -101,7 +102,10 @@ def lightning_attention_verify(
 
     `paths` lists the tokens from the root to each leaf, -1 behind a leaf; every token is on one. A token's bits are those that it has in
     training after its path: a path's tokens stand in the rows they would take, `index` and on, and behind a full chunk in the next one.
+    Raises ValueError for paths of more tokens than a chunk has.
     """
+    if paths.shape[1] > key_buffer.shape[2]:
+        raise ValueError(f"paths of {paths.shape[1]} tokens are longer than a chunk of {key_buffer.shape[2]}")
     num_nodes, taken = q.shape[1], jnp.maximum(paths, 0)
     along = [x[:, taken] for x in (q, k, v)]  # [B, P, D, H, size]
     arguments = (*along, state, key_buffer, value_buffer, log_decay, index)

@@ -174,20 +174,26 @@ def _compile_decode(slots: int, heads: int, implementation: str, targets: tuple[
 
 
 def _compile_fold(heads: int, implementation: str, targets: tuple[str, ...]) -> CompileCase:
-    """A step in which every chunk may become full."""
+    """A step in which every chunk may become full, with the bf16 copies of the states, as a model has them."""
     from pallas_kernels.lightning_attention.api import lightning_attention_step
 
-    token, table = jax.ShapeDtypeStruct((64, heads, 128), jnp.bfloat16), _slots(64, heads)
+    token, (state, *table) = jax.ShapeDtypeStruct((64, heads, 128), jnp.bfloat16), _slots(64, heads)
+
+    def program(q, k, v, state, key_buffer, value_buffer, log_decay, index, copy):
+        step = functools.partial(lightning_attention_step, implementation=implementation)
+        return step(q, k, v, state, key_buffer, value_buffer, log_decay, index, state_copy=copy)
+
     return CompileCase(
         kernel="lightning_attention.fold",
         shape=f"64 slots, {heads} heads",
         targets=targets,
-        program=functools.partial(lightning_attention_step, implementation=implementation),
-        arguments=(token, token, token, *table),
-        bytes=64 * heads * (3 * 4 * 128 * 128 + 2 * 2 * 2 * 64 * 128),
+        program=program,
+        arguments=(token, token, token, state, *table, jax.ShapeDtypeStruct(state.shape, jnp.bfloat16)),
+        # The copy is read and written, as is the state; the buffers are read for the outputs and for the fold.
+        bytes=64 * heads * (2 * (2 + 4) * 128 * 128 + 2 * 2 * 2 * 64 * 128),
         flops=64 * heads * 64 * 2 * (2 * 64 * 128 + 2 * 128 * 128),
         floor_ratio=1.1,
-        donate=(3, 4, 5),
+        donate=(3, 4, 5, 8),
     )
 
 

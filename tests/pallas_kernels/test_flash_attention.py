@@ -297,6 +297,17 @@ def test_what_kernels_do_not_do_is_refused():
     bounds = jax.ShapeDtypeStruct((1, 1), jnp.int32)
     with pytest.raises(NotImplementedError, match="2\\*\\*31 entries or more"):
         jax.eval_shape(functools.partial(flash_attention, implementation="pallas_gpu"), huge[0], huge[1], huge[1], bounds, bounds)
+    of_slots = lambda slots, pages: (
+        *(jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((slots, 1, 16, 128), (64, GRID, 4, 128), (64, GRID, 4, 128))),
+        *(jax.ShapeDtypeStruct((slots, n), jnp.int32) for n in (pages, 1, 1)),
+    )
+    paged = functools.partial(flash_attention_paged, implementation="pallas_tpu")
+    jax.eval_shape(paged, *of_slots(32, 4096))
+    with pytest.raises(NotImplementedError, match="262272 entries of page tables and ranges"):
+        jax.eval_shape(paged, *of_slots(64, 4096))
+    rows = [jax.ShapeDtypeStruct((32, 2**19, heads, 128), jnp.bfloat16) for heads in (16, 4, 4)]
+    with pytest.raises(NotImplementedError, match="entries of page tables and ranges"):
+        jax.eval_shape(functools.partial(flash_attention, implementation="pallas_tpu"), *rows, *[jax.ShapeDtypeStruct((32, 2**19), jnp.int32)] * 2)
 
 
 @pytest.mark.parametrize(("mode", "examples"), [("fast", 15), ("aligned", 15), ("pallas_tpu", 6), ("pallas_gpu", 6)])

@@ -383,10 +383,19 @@ def test_the_forward_has_the_same_bits_under_a_gradient(dtype):
     assert_same_bits(jit(with_gradients(f))(given[:3], random_like(out))[0], out)
 
 
-def test_a_chunk_that_does_not_divide_the_grid_is_refused():
+@pytest.mark.parametrize("chunk_size", [1, 8, 48, 256])
+def test_a_chunk_of_another_size_is_refused(chunk_size):
     given = inputs(TEST_CASES["one_token"], jnp.float32)
-    with pytest.raises(ValueError, match="chunk_size 48 does not divide the grid of 128"):
-        lightning_attention(*given[:4], chunk_size=48)
+    with pytest.raises(ValueError, match=f"chunk_size {chunk_size} is none of 16, 32, 64, 128"):
+        lightning_attention(*given[:4], chunk_size=chunk_size)
+
+
+def test_a_path_longer_than_a_chunk_is_refused():
+    """It could reach a third chunk, which no tile holds."""
+    nodes, buffer = jnp.zeros((1, 65, 2, 16)), jnp.zeros((1, 2, 64, 16))
+    table = jnp.zeros((1, 2, 16, 16)), buffer, buffer, jnp.zeros(2), jnp.zeros(1, jnp.int32)
+    with pytest.raises(ValueError, match="paths of 65 tokens are longer than a chunk of 64"):
+        lightning_attention_verify(nodes, nodes, nodes, *table, jnp.arange(65)[None])
 
 
 @pytest.mark.parametrize(

@@ -167,7 +167,8 @@ def test_what_a_config_may_leave_out():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"chunk_size": 96}, "chunk_size 96 must divide 128"),
+        ({"chunk_size": 96}, "chunk_size must be one of 16, 32, 64, 128, not 96"),
+        ({"chunk_size": 8}, "chunk_size must be one of 16, 32, 64, 128, not 8"),
         ({"num_kv_heads": 4}, "num_kv_heads 4 must divide num_heads 6"),
         ({"num_norm_groups": 5}, "num_norm_groups 5 must divide 6 x 8 channels"),
         ({"num_expert_groups": 3}, "num_expert_groups 3 must divide num_experts 8"),

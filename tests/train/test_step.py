@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 from pallas_kernels import GRID
-from ring_jax import scoring
+from ring_jax import numerics, scoring
 from ring_jax.config import preset
 from ring_jax.model import Ring
 from ring_jax.moe import balance
@@ -258,3 +258,33 @@ def test_remat_changes_nothing(remat):
     found, (metrics,) = run(program(MODEL, dataclasses.replace(FAST, remat=remat)), batch)
     assert metrics.loss == pytest.approx(plain.loss, rel=1e-6)
     close(gradients(found), gradients(expected), 1e-5)
+
+
+LANES = dataclasses.replace(
+    MODEL, hidden_size=256, num_heads=2, num_kv_heads=1, head_size=128, ffn_size=256, expert_size=128, shared_expert_size=128, init_scale=0.1
+)
+"""Of sizes that all kernels take, for TPUs, too."""
+
+
+@functools.cache
+def gradients_of(kernels):
+    """The loss, its sums and gradients of two rows: a document of two chunks and two key blocks, and packed ones with padding."""
+    how = dataclasses.replace(FAST, kernels=kernels)
+    graph, params, biases, tables = scoring.split(Ring(LANES, how, rngs=nnx.Rngs(0)))
+    whole = Batch(*(jnp.asarray(x, jnp.int32) for x in (np.random.default_rng(1).integers(1, 96, 200), np.arange(200), np.ones(200))))
+    whole = jax.tree.map(lambda x, fill: jnp.pad(x, (0, 56), constant_values=fill), whole, Batch(0, -1, 0))
+    batch = jax.tree.map(lambda one, rows: jnp.concatenate([one[None], rows]), whole, make_batch(rows=1))
+    run = numerics.jit(functools.partial(scoring.loss_and_gradients, graph, how, z_loss=Z_LOSS), how)
+    return jax.device_get(run(params, biases, tables, batch))
+
+
+@pytest.mark.parametrize("kernels", ["pallas_tpu", "pallas_gpu"])
+def test_kernels_give_the_loss_and_gradients_of_plain_jax(kernels):
+    """Asked for by name: one that does not take its case is an error."""
+    (loss, stats, gradients), (plain_loss, plain_stats, plain) = gradients_of(kernels), gradients_of("xla")
+    np.testing.assert_allclose(loss, plain_loss, rtol=1e-6)
+    assert stats.router is not None
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), stats, plain_stats)
+    for (path, own), (_, other) in zip(*(jax.tree_util.tree_leaves_with_path(x) for x in (gradients, plain)), strict=True):
+        assert np.abs(other).max() > 0, path
+        np.testing.assert_allclose(own, other, rtol=0, atol=2e-5 * np.abs(other).max(), err_msg=str(path))
