@@ -315,7 +315,7 @@ def _forward(q, key_pages, value_pages, page_table, start, stop, aligned):
     # Without pages the gradient has a range for each key block, too.
     num_scalars = 2 * first.size + page_table.size if page_table is not None else 2 * batch * max(programs, num_blocks)
     if num_scalars > _MAX_SCALARS:
-        raise NotImplementedError(f"{num_scalars} entries of page tables and ranges are more than scalar memory should hold: {_MAX_SCALARS}")
+        raise NotImplementedError(f"{num_scalars} entries of page tables and ranges are more than scalar memory holds: {_MAX_SCALARS}")
     specs = _Specs(layout, lambda b, i, s, first, last: i)
     pages = _pages_of_step(layout, programs, num_blocks)
     rows, lanes = (layout.tiles, layout.group, layout.rows), _LANES if layout.value_size == _LANES else 1

@@ -21,8 +21,8 @@ EPS = 1e-6
 class Case(NamedTuple):
     """A layer at some sizes: its name in the api, its static arguments, and the arguments' shapes with "x" for the compute dtype.
 
-    Letters: "x" activations and norm weights in the compute dtype, "s" the same, whose gradient is another's; "f" fp32 whatever the dtype is,
-    "c" the same, a constant.
+    Letters: "x" activations and norm weights in the compute dtype, "s" the same, whose gradient is another's; "f" fp32 whatever the
+    dtype is, "c" the same, a constant.
     """
 
     op: str

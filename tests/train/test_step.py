@@ -261,7 +261,15 @@ def test_remat_changes_nothing(remat):
 
 
 LANES = dataclasses.replace(
-    MODEL, hidden_size=256, num_heads=2, num_kv_heads=1, head_size=128, ffn_size=256, expert_size=128, shared_expert_size=128, init_scale=0.1
+    MODEL,
+    hidden_size=256,
+    num_heads=2,
+    num_kv_heads=1,
+    head_size=128,
+    ffn_size=256,
+    expert_size=128,
+    shared_expert_size=128,
+    init_scale=0.1,
 )
 """Of sizes that all kernels take, for TPUs, too."""
 
@@ -278,7 +286,7 @@ def gradients_of(kernels):
     return jax.device_get(run(params, biases, tables, batch))
 
 
-@pytest.mark.parametrize("kernels", ["pallas_tpu", "pallas_gpu"])
+@pytest.mark.parametrize("kernels", ["pallas_tpu", pytest.param("pallas_gpu", marks=pytest.mark.slow)])
 def test_kernels_give_the_loss_and_gradients_of_plain_jax(kernels):
     """Asked for by name: one that does not take its case is an error."""
     (loss, stats, gradients), (plain_loss, plain_stats, plain) = gradients_of(kernels), gradients_of("xla")
