@@ -103,6 +103,7 @@ COMPILE_TRAINING = {
     "mini (1, 32768, 16)": Case(1, 32768, 16, 4, 128),
     "flash (1, 32768, 32)": Case(1, 32768, 32, 4, 128),
     "mini (1, 524288, 16)": Case(1, 524288, 16, 4, 128),
+    "flash (1, 524288, 32)": Case(1, 524288, 32, 4, 128),
 }
 COMPILE_CACHE = {
     "mini 64 slots, 8192 keys": CacheCase(64, 1, 8192, 16),
@@ -146,6 +147,8 @@ def compile_cases() -> Iterator[CompileCase]:
             yield _compile_training("aligned", name, COMPILE_TRAINING[name], "pallas_tpu", (target,))
         for name in ("mini 64 slots, 8192 keys", "mini 1024 on 524288 keys"):
             yield _compile_cache(name, COMPILE_CACHE[name], "pallas_tpu", (target,), aligned=True)
+    # More than 2^31 entries, whose places are counted in 64 bits; a TPU's scalar memory does not hold such a table.
+    yield _compile_cache("mini 64 slots, 524288 keys", CacheCase(64, 1, 524288, 16), "pallas_gpu", TARGETS["pallas_gpu"])
     for kernel in ("forward", "backward"):
         case = Case(1, 8192, 16, 4, 128)
         yield _compile_training(kernel, "mini fp32 (1, 8192, 16)", case, "pallas_gpu", TARGETS["pallas_gpu"], jnp.float32)

@@ -158,8 +158,6 @@ def _check(q, key_pages, value_pages) -> None:
     for size in (key_pages.shape[3], value_pages.shape[3]):
         if size & (size - 1) or size < 16:
             raise NotImplementedError(f"a head size of {size} is not a power of two of at least 16")
-    if max(q.size, key_pages.size, value_pages.size) >= 2**31:
-        raise NotImplementedError("an array has 2**31 entries or more, which are counted in 32 bits")
     repeat = q.shape[2] // key_pages.shape[2]
     if repeat > min(_choice(q, tables).rows for tables in (_FORWARD, _QUERY, _KEY_VALUE)):
         raise NotImplementedError(f"{repeat} query heads of a key head are more than a tile's rows")
