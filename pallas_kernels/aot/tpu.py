@@ -44,7 +44,7 @@ def moved_bytes(grid: tuple[int, ...], mapping: Any) -> int:
     """Return the bytes that blocks carry between HBM and VMEM: a block is fetched or written when its index changes."""
     total = 0
     for block in mapping.block_mappings:
-        if getattr(block.block_aval, "memory_space", None) in ("any", "hbm", "smem"):
+        if str(getattr(block.block_aval, "memory_space", None)) in ("any", "hbm", "smem"):
             continue
         index_map, _ = compat.open_jaxpr(block.index_map_jaxpr)
         axes = {axis for axis, var in enumerate(index_map.invars[: len(grid)]) if grid[axis] > 1 and _reaches(index_map, var)}
