@@ -84,8 +84,9 @@ def compile_cases() -> Iterator[CompileCase]:
             ("forward", (slots, K, N), True, jnp.bfloat16),
         )
         everywhere = small or name in WITH_GRADIENTS
+        wanted = products[1:3] if small else products if everywhere else products[:1]
         on = [(target, "") for target in (("v5e", "v5p", "v6e") if everywhere else ())] + [("h200", ""), ("h200", ".mosaic")]
-        for kernel, (rows, depth, columns), block, out_dtype in products[1:3] if small else products if everywhere else products[:1]:
+        for kernel, (rows, depth, columns), block, out_dtype in wanted:
             for target, suffix in on if rows != slots else on[:-1]:
                 yield CompileCase(
                     kernel=f"scaled_matmul.{kernel}{suffix}",

@@ -18,17 +18,16 @@ ON_GPU = (pytest.mark.gpu, pytest.mark.skipif(jax.default_backend() != "gpu", re
 """Marks of what runs a GPU's kernels on a GPU; where there is none they are interpreted."""
 
 
-_ONE_DTYPE = {"xla": "fp32", "aligned": "fp32", "pallas_tpu": "fp32", "pallas_gpu": "bf16"}
+_KERNEL_DTYPE = {"pallas_tpu": "fp32", "pallas_gpu": "bf16"}
 
 
 def modes_and_dtypes(modes: Iterable[str], cases: Iterable | None = None, native_cases: Iterable | None = None) -> list:
     """Return the parameters (mode, dtype) of a test of bits, or (mode, dtype, case), with those of a GPU's kernel on a GPU.
 
-    One dtype each, the other one is slow: interpreted kernels differ from plain JAX in their loads and stores, not in their roundings, and
-    plain JAX in bf16 is compared bit by bit by `make gates`, in a whole model.
+    Interpreted kernels differ from plain JAX in their loads and stores, not in their roundings: one dtype each, the other one is slow.
     """
     each = lambda cases: [()] if cases is None else [(case,) for case in cases]
-    slow = lambda mode, dtype: [pytest.mark.slow] if _ONE_DTYPE.get(mode, dtype) != dtype else []
+    slow = lambda mode, dtype: [pytest.mark.slow] if _KERNEL_DTYPE.get(mode, dtype) != dtype else []
     native = [(dtype, *case) for dtype in DTYPES for case in each(cases if native_cases is None else native_cases)]
     label = lambda how: "-".join(["native", *map(str, how)])
     return [

@@ -20,7 +20,7 @@ from ring_jax.config import preset
 pytestmark = pytest.mark.usefixtures("all_unoptimised")
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-MESHES = ("1x1", "2x4", "8x8")
+MESHES = ("1x1", "1x2", "2x4", "8x8")
 SAVED = "2x4"
 """The mesh whose state is saved, to be restored on one device."""
 FP8 = "2x4"

@@ -276,7 +276,7 @@ LANES = dataclasses.replace(
 
 @functools.cache
 def gradients_of(kernels):
-    """The loss, its sums and gradients of two rows: a document of two chunks and two key blocks, and packed ones with padding."""
+    """The loss, its sums and gradients of two rows: a document of four chunks and two key blocks, and packed ones with padding."""
     how = dataclasses.replace(FAST, kernels=kernels)
     graph, params, biases, tables = scoring.split(Ring(LANES, how, rngs=nnx.Rngs(0)))
     whole = Batch(*(jnp.asarray(x, jnp.int32) for x in (np.random.default_rng(1).integers(1, 96, 200), np.arange(200), np.ones(200))))
