@@ -37,13 +37,13 @@ BENCH_GPU_CASES = {f"{name} {num}": Case(num, *sizes) for name, sizes in RELEASE
 def inputs(case: Case, dtype: DTypeLike, seed: int = 0) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Return random hidden [N, D], w [D, vocab] and targets [N]; logits have a standard deviation of 2."""
     rng = np.random.default_rng(seed)
-    hidden = jnp.asarray(2 * rng.standard_normal((case.N, case.D), np.float32), dtype)
-    w = jnp.asarray(rng.standard_normal((case.D, case.vocab), np.float32) * np.float32(case.D**-0.5), dtype)
+    hidden = jnp.asarray((2 * rng.standard_normal((case.N, case.D), np.float32)).astype(dtype))
+    w = jnp.asarray((rng.standard_normal((case.D, case.vocab), np.float32) * np.float32(case.D**-0.5)).astype(dtype))
     targets = rng.integers(0, case.vocab, case.N)
     edges = np.unique(np.clip([0, 8191, 8192, case.vocab - 8192, 16383, 16384, case.vocab - 1], 0, case.vocab - 1))
     count = min(case.N, len(edges))
     targets[:count] = edges[len(edges) - count :]  # the first and last columns of pieces and of the overlap
-    return hidden, w, jnp.asarray(targets, jnp.int32)
+    return hidden, w, jnp.asarray(targets.astype(np.int32))
 
 
 COMPILE_CASES = {

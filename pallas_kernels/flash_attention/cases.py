@@ -82,7 +82,7 @@ def bounds(case: Case) -> tuple[np.ndarray, np.ndarray]:
 def inputs(case: Case, dtype: DTypeLike, seed: int = 0) -> Inputs:
     """Return random queries, keys and values under a causal mask."""
     rng = np.random.default_rng(seed)
-    normal = lambda heads, size: jnp.asarray(rng.standard_normal((case.B, case.T, heads, size)), dtype)
+    normal = lambda heads, size: jnp.asarray(rng.standard_normal((case.B, case.T, heads, size)).astype(dtype))
     q, k, v = normal(case.H, case.K), normal(case.G, case.K), normal(case.G, case.V or case.K)
     return Inputs(q, k, v, *(jnp.asarray(x) for x in bounds(case)))
 

@@ -51,7 +51,7 @@ class Case(NamedTuple):
     def inputs(self, dtype: DTypeLike, seed: int = 0) -> list[jax.Array | None]:
         """Return random arguments; norm weights are numbers of the dtype, as a model's forward has them."""
         rng = np.random.default_rng(seed)
-        return [x if x is None else jnp.asarray(rng.standard_normal(x.shape), x.dtype) for x in self.structs(dtype)]
+        return [x if x is None else jnp.asarray(rng.standard_normal(x.shape).astype(x.dtype)) for x in self.structs(dtype)]
 
 
 NORMS = ("residual_rms_norm", "next_norm")

@@ -55,8 +55,8 @@ def experts(case: Case, seed: int = 0) -> np.ndarray:
 def inputs(case: Case, dtype: DTypeLike, seed: int = 0) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Return random x [N, D], w [E, D, F] and the experts [N, A]; the products' entries are of order 1."""
     rng = np.random.default_rng(seed)
-    x = jnp.asarray(rng.standard_normal((case.N, case.D)), dtype)
-    w = jnp.asarray(rng.standard_normal((case.E, case.D, case.F)) * case.D**-0.5, dtype)
+    x = jnp.asarray(rng.standard_normal((case.N, case.D)).astype(dtype))
+    w = jnp.asarray((rng.standard_normal((case.E, case.D, case.F)) * case.D**-0.5).astype(dtype))
     return x, w, jnp.asarray(experts(case, seed))
 
 

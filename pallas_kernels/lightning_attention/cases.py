@@ -78,11 +78,11 @@ class Inputs(NamedTuple):
 def inputs(case: Case, dtype: DTypeLike, seed: int = 0) -> Inputs:
     """Return random inputs; log_decay is minus the ALiBi slopes, and documents start at multiples of GRID, elsewhere in each row."""
     rng = np.random.default_rng(seed)
-    normal = lambda *shape: jnp.asarray(rng.standard_normal(shape), dtype)
+    normal = lambda *shape: jnp.asarray(rng.standard_normal(shape).astype(dtype))
     q, k = (normal(case.B, case.T, case.H, case.K) for _ in range(2))
     v = normal(case.B, case.T, case.H, case.V)
-    log_decay = jnp.asarray(-case.decay * 2.0 ** (-8 * (np.arange(case.H) + 1) / case.H), jnp.float32)
-    state = jnp.asarray(rng.standard_normal((case.B, case.H, case.K, case.V)), jnp.float32) if case.state else None
+    log_decay = jnp.asarray((-case.decay * 2.0 ** (-8 * (np.arange(case.H) + 1) / case.H)).astype(np.float32))
+    state = jnp.asarray(rng.standard_normal((case.B, case.H, case.K, case.V)).astype(np.float32)) if case.state else None
     chunk, per_grid = np.arange(-(-case.T // case.C)), GRID // case.C
     starts = (chunk % per_grid == 0) & (chunk // per_grid % 2 == np.arange(case.B)[:, None] % 2)
     return Inputs(q, k, v, log_decay, state, jnp.asarray(starts) if case.segments else None)

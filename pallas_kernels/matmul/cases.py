@@ -39,7 +39,7 @@ def inputs(case: Case, dtype: DTypeLike, seed: int = 0) -> tuple[jax.Array, jax.
     """Return random x [*rows, D] and w [D, F]; the product's entries are of order 1."""
     rng = np.random.default_rng(seed)
     x = rng.standard_normal((*case.rows, case.D))
-    return jnp.asarray(x, dtype), jnp.asarray(rng.standard_normal((case.D, case.F)) * case.D**-0.5, dtype)
+    return jnp.asarray(x.astype(dtype)), jnp.asarray((rng.standard_normal((case.D, case.F)) * case.D**-0.5).astype(dtype))
 
 
 COMPILE_SIZES = {

@@ -48,7 +48,7 @@ def inputs(case: Case, dtype: DTypeLike, seed: int = 0) -> tuple[jax.Array, jax.
     x = rng.standard_normal((case.M, case.K))
     x[rng.random(x.shape) < 1e-3] *= 1000
     x[5::11] = 0
-    return jnp.asarray(x, dtype), jnp.asarray(rng.standard_normal((case.K, case.N)) * case.K**-0.5, dtype)
+    return jnp.asarray(x.astype(dtype)), jnp.asarray((rng.standard_normal((case.K, case.N)) * case.K**-0.5).astype(dtype))
 
 
 def operand(rows: int, depth: int, block: bool) -> Quantized:

@@ -2,7 +2,8 @@
 
 import functools
 import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -42,10 +43,17 @@ def with_native(modes: Iterable, cases: Iterable, released: Iterable) -> list:
     return [*itertools.product(modes, cases), *native]
 
 
-jit = functools.partial(jax.jit, compiler_options={"xla_allow_excess_precision": False})
-"""The jit of aligned programs: intermediates are rounded where the tile says."""
+def on_host(f: Callable) -> Callable:
+    """Return the same function with numpy arrays as results: to look at a part of one, nothing must be compiled."""
+    return lambda *args, **kwargs: jax.tree.map(np.asarray, f(*args, **kwargs))
 
-jit_for_values = functools.partial(jax.jit, compiler_options={"xla_allow_excess_precision": False} | unoptimised.OPTIONS)
+
+def jit(f: Callable, options: Mapping[str, Any] = MappingProxyType({}), **how: Any) -> Callable:
+    """Return f as an aligned program, with results on the host: intermediates are rounded where the tile says."""
+    return on_host(jax.jit(f, compiler_options={"xla_allow_excess_precision": False, **options}, **how))
+
+
+jit_for_values = functools.partial(jit, options=unoptimised.OPTIONS)
 """The same where only values are looked at, to a tolerance: it compiles in a fraction of the time."""
 
 
@@ -71,13 +79,13 @@ def in_float64(f: Callable, *args: Any) -> Any:
     """Return f of the arguments, all floating-point arrays as float64, as numpy arrays. `f` is compiled once if it is the same object."""
     double = lambda x: np.asarray(x).astype(np.float64) if jnp.issubdtype(x.dtype, jnp.floating) else np.asarray(x)
     with jax.enable_x64(True):
-        return jax.tree.map(np.asarray, _compiled(f)(*jax.tree.map(double, args)))
+        return _compiled(f)(*jax.tree.map(double, args))
 
 
 _compiled = functools.cache(jit_for_values)
 
 
 def random_like(tree: Any, seed: int = 1) -> Any:
-    """Return standard normal arrays of the shapes and dtypes of a tree of arrays or shape structs."""
+    """Return standard normal numpy arrays of the shapes and dtypes of a tree of arrays or shape structs."""
     rng = np.random.default_rng(seed)
-    return jax.tree.map(lambda x: jnp.asarray(rng.standard_normal(x.shape), x.dtype), tree)
+    return jax.tree.map(lambda x: rng.standard_normal(x.shape).astype(x.dtype), tree)
