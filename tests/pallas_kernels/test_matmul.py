@@ -23,6 +23,7 @@ from tests.pallas_kernels.programs import (
     jit_for_values,
     jit_of,
     modes_and_dtypes,
+    on_host,
     random_like,
     with_gradients,
     with_native,
@@ -79,7 +80,7 @@ def test_out_dtype_keeps_the_accumulator(is_aligned, implementation):
     modes_and_dtypes(IMPLEMENTATIONS, [(96, 8), (96, 40), (400, 150)], [(96, 8), (96, 40), (400, 150), (2048, 2048), (2048, 6144)]),
 )
 def test_rows_do_not_depend_on_how_many_there_are(sizes, dtype, implementation):
-    x, w = inputs(Case((max(ROW_COUNTS),), *sizes), DTYPES[dtype])
+    x, w = on_host(inputs)(Case((max(ROW_COUNTS),), *sizes), DTYPES[dtype])
     run = aligned[implementation]
     y = run(x, w)
     for num in ROW_COUNTS if implementation == "xla" else FEW_COUNTS:
@@ -133,7 +134,7 @@ def gated(y, o, weight, **how):
 
 
 def epilogue_inputs(num, dtype=jnp.float32):
-    x, w = inputs(Case((max(ROW_COUNTS),), 33, 256), dtype)
+    x, w = on_host(inputs)(Case((max(ROW_COUNTS),), 33, 256), dtype)
     return x[:num], w, *random_like((jax.ShapeDtypeStruct((max(ROW_COUNTS), 256), dtype), jax.ShapeDtypeStruct((256,), dtype)))
 
 
@@ -150,9 +151,9 @@ def rotated(x, w, cos, sin, query, key, implementation):
 def rotated_inputs(dtype):
     """Of the `demo` preset's linear attention."""
     num, half = max(ROW_COUNTS), 16
-    x, w = inputs(Case((num,), 192, 576), dtype)
-    angle = jnp.arange(num)[:, None] / 1e6 ** (jnp.arange(half) / half)
-    return x, w, jnp.cos(angle), jnp.sin(angle), *random_like((jax.ShapeDtypeStruct((64,), dtype),) * 2)
+    x, w = on_host(inputs)(Case((num,), 192, 576), dtype)
+    angle = (np.arange(num)[:, None] / 1e6 ** (np.arange(half) / half)).astype(np.float32)
+    return x, w, np.cos(angle), np.sin(angle), *random_like((jax.ShapeDtypeStruct((64,), dtype),) * 2)
 
 
 @every_implementation
@@ -217,6 +218,6 @@ def test_unknown_implementation_names_the_known_ones():
 @settings(deadline=None, max_examples=12)
 @given(num=st.sampled_from([3, 65, 150]), columns=st.sampled_from([8, 40]), seed=st.integers(0, 2**32 - 1))
 def test_permuted_rows_give_the_permuted_product(num, columns, seed):
-    x, w = inputs(Case((num,), 96, columns), jnp.float32, seed)
+    x, w = on_host(inputs)(Case((num,), 96, columns), jnp.float32, seed)
     order = np.random.default_rng(seed).permutation(num)
-    assert_same_bits(aligned["xla"](x[order], w), np.asarray(aligned["xla"](x, w))[order])
+    assert_same_bits(aligned["xla"](x[order], w), aligned["xla"](x, w)[order])
