@@ -30,6 +30,7 @@ def of_mlx(folder: pathlib.Path, tokens: np.ndarray) -> np.ndarray:
     return np.array(model(mx.array(tokens[None])))[0]
 
 
+@pytest.mark.usefixtures("unoptimised")
 @pytest.mark.parametrize("scaling", [None, YARN], ids=["plain", "yarn"])
 def test_logits(tmp_path, tokens, scaling):
     config = dataclasses.replace(CONFIG, rope_scaling=scaling)
