@@ -48,7 +48,7 @@ test-slow: env env-gates  ## all tests, with those that take minutes, every prog
 
 gates: env env-gates  ## the gates of every change: kernels through the compilers of four chips, train and inference compared bit by bit
 	$(BIN)/python -m pallas_kernels.aot --jobs $(JOBS)
-	@$(MAKE) --no-print-directory --output-sync=target --jobs $(JOBS) gate-bf16 gate-golden gate-kernels gate-decode
+	@$(MAKE) --no-print-directory --output-sync=target --jobs $(JOBS) gate-kernels gate-bf16 gate-golden gate-decode  # the longest first
 
 gate-decode:
 	$(BIN)/python -m pallas_kernels.aot --jobs 1 --cases ring_jax.train.gates --kernel model.mini.decode --target h200

@@ -105,6 +105,7 @@ TEST_CASES = {
     "swiglu": swiglu(21, 256),
     "swiglu_odd": swiglu(3, 24),
     "swiglu_weighted": swiglu(19, 256, weighted=True),
+    "swiglu_one_row": swiglu(1, 256, weighted=True),
     "heads": qk_norm_rope(19, 2, 1, 128, 32),
     "heads_small": qk_norm_rope(5, 1, 1, 16, 4),
     "heads_whole": qk_norm_rope(9, 1, 1, 128, 64),

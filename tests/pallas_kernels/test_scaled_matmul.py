@@ -16,7 +16,6 @@ from pallas_kernels.scaled_matmul import Quantized, fp8_matmul, quantize_rows, q
 from pallas_kernels.scaled_matmul import quantize as quantize_array
 from pallas_kernels.scaled_matmul.cases import TEST_CASES, Case, inputs, operand
 from pallas_kernels.scaled_matmul.quantized import GROUP, LARGEST, SMALLEST_SCALE
-from tests import unoptimised
 from tests.pallas_kernels.programs import DTYPES, ON_GPU, in_float64, jit_for_values, jit_of, random_like, with_gradients
 from tests.pallas_kernels.tolerances import assert_close, assert_same_bits, fp8_tolerance, rms
 
@@ -30,7 +29,7 @@ KERNELS = {
 native = pytest.param("pallas_gpu", marks=ON_GPU, id="native")
 every_implementation = pytest.mark.parametrize("implementation", [*IMPLEMENTATIONS, native])
 RELEASED = Case(300, 2048, 6144)
-compiled_quantize = jax.jit(quantize_array, static_argnames=("block", "transpose", "power_of_two"), compiler_options=unoptimised.OPTIONS)
+compiled_quantize = jax.jit(quantize_array, static_argnames=("block", "transpose", "power_of_two"))
 
 
 def product(name, out_dtype=jnp.float32):
